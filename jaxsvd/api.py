@@ -1,0 +1,327 @@
+"""What a notebook calls: load a model, take its logits, generate or stream text."""
+
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from tqdm import tqdm
+
+from jaxsvd import hub, kernels
+from jaxsvd.checkpoint.read import Checkpoint
+from jaxsvd.config import ModelConfig, end_of_text_ids
+from jaxsvd.engine import Engine
+from jaxsvd.errors import UsageError
+from jaxsvd.sampling import per_row
+from jaxsvd.tokenizer import Message, StopMatcher, TextStream, Tokenizer
+
+logger = logging.getLogger("jaxsvd")
+
+Prompt = str | Sequence[Message] | Sequence[int]
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a call of `generate` cost: seconds, tokens of all rows together, bytes.
+
+    `first_token_seconds` and `decode_tokens_per_second` leave compilation out, `total_seconds` has it in. The rate counts
+    the tokens after each row's first over the time after the first.
+    `bytes_per_step` is what one decode step must read: all weights once, and the cache as far as it is filled at the
+    end; `bandwidth` is that over the time of a step, in bytes per second. `peak_bytes` is the device's peak memory,
+    on CPU the process's.
+    """
+
+    load_seconds: float
+    compile_seconds: float
+    first_token_seconds: float
+    total_seconds: float
+    prompt_tokens: int
+    new_tokens: int
+    decode_tokens_per_second: float
+    bytes_per_step: int
+    bandwidth: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What followed one prompt.
+
+    `token_ids` are all new tokens, the one that ended the text included; `text` leaves special tokens and stop strings
+    out, and is "" where the model has no tokenizer. `finish_reason` is "stop" after an end-of-text or stop token or a
+    stop string, "length" after max_new_tokens. `stats` are those of the whole call.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: Statistics
+
+
+class _Row:
+    """One prompt's way from tokens to text, and to its end."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop_ids: frozenset[int], stops: Sequence[str]) -> None:
+        self._stream = TextStream(tokenizer) if tokenizer else None
+        self._matcher = StopMatcher(stops)
+        self._stop_ids = stop_ids
+        self.token_ids: list[int] = []
+        self.pieces: list[str] = []
+        self.finish_reason = ""
+
+    def push(self, token: int, last: bool) -> str:
+        """Take a token; return the text that it completes."""
+        if self.finish_reason:
+            return ""
+        self.token_ids.append(token)
+        ended = token in self._stop_ids
+        piece = ""
+        if self._stream:
+            piece = self._matcher.push("" if ended else self._stream.push(token))
+            if (ended or last) and not self._matcher.stopped:
+                piece += self._matcher.push(self._stream.flush()) + self._matcher.flush()
+        if ended or self._matcher.stopped:
+            self.finish_reason = "stop"
+        elif last:
+            self.finish_reason = "length"
+        self.pieces.append(piece)
+        return piece
+
+
+class LanguageModel:
+    """A loaded model. Made by `load`."""
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, engine: Engine, ends: tuple[int, ...], seconds: float
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.engine = engine
+        self.load_seconds = seconds
+        self._ends = ends
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer, loaded when first used. Raises ModelError where there is none."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self.folder)
+        return self._tokenizer
+
+    def logits(self, token_ids: Any) -> np.ndarray:
+        """Float32 logits (batch, tokens, vocab) of token ids (batch, tokens), or of a list of unequal rows.
+
+        Unequal rows are right-padded: behind a row's end the logits are zero. Raises UsageError for ids out of range.
+        """
+        rows = [_ids(row) for row in token_ids] if len(token_ids) and np.ndim(token_ids[0]) else [_ids(token_ids)]
+        return self.engine.logits(rows)
+
+    def generate(self, prompts: Any, max_new_tokens: int = 128, stop: str | Sequence[str] = (), **options: Any) -> Any:
+        """Continue one prompt (a `Completion`) or a list of them (a list of `Completion`s, in one ragged batch).
+
+        Args:
+            prompts: a string, chat messages (`[{"role": "user", "content": "…"}]`) or token ids; or a list of these.
+            max_new_tokens: at most so many tokens a row.
+            stop: a string or strings that end the text; they may span tokens.
+            **options: those of `SamplingParams`, one value or one per prompt, and `stop_token_ids` beside the
+                model's own end-of-text tokens, and `ignore_eos` to run past those.
+
+        Raises UsageError for prompts or options that can't be used.
+        """
+        single = _is_one_prompt(prompts)
+        session = _Session(self, [prompts] if single else list(prompts), max_new_tokens, stop, options)
+        for _ in session:
+            pass
+        completions = session.completions()
+        return completions[0] if single else completions
+
+    def stream(
+        self, prompt: Prompt, max_new_tokens: int = 128, stop: str | Sequence[str] = (), **options: Any
+    ) -> Iterator[str]:
+        """As `generate` for one prompt, but yield the text as it comes, never half a character."""
+        yield from (piece for _, piece in self.session([prompt], max_new_tokens, stop, **options) if piece)
+
+    def session(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 128, stop: str | Sequence[str] = (), **options: Any
+    ) -> "_Session":
+        """The iterator under `generate` and `stream`: (row, text) pieces, then `completions()` with statistics."""
+        return _Session(self, list(prompts), max_new_tokens, stop, options)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt of any kind."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if len(prompt) and isinstance(prompt[0], dict):
+            return self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+        return _ids(prompt)
+
+
+class _Session:
+    """One call of `generate`: an iterator of (row, piece of text) that then knows completions and statistics."""
+
+    def __init__(
+        self, model: LanguageModel, prompts: list[Prompt], limit: int, stop: str | Sequence[str], options: dict
+    ) -> None:
+        self._start = time.perf_counter()
+        self._model, self._limit = model, limit
+        self._prompts = [model.encode(prompt) for prompt in prompts]
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise UsageError(f"stop is {stop!r}: expected strings that are not empty")
+        ends = () if options.pop("ignore_eos", False) else model._ends
+        stop_ids = frozenset(ends) | frozenset(_ids(options.pop("stop_token_ids", ())))
+        self._sampling = per_row(len(prompts), **options)
+        needs_text = bool(stops) or any(isinstance(prompt, str) or isinstance(prompt[0], dict) for prompt in prompts)
+        tokenizer = model.tokenizer if needs_text or _has_tokenizer(model.folder) else None
+        self._rows = [_Row(tokenizer, stop_ids, stops) for _ in prompts]
+        self._compiled_before = len(model.engine.compiled)
+        self._first = self._end = 0.0
+        self._steps = 0
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        with closing(self._model.engine.generate(self._prompts, self._sampling, self._limit)) as blocks:
+            done = 0
+            for block in blocks:
+                self._end = time.perf_counter()
+                self._first = self._first or self._end
+                for column in block.T:
+                    done += 1
+                    for row, token in enumerate(column.tolist()):
+                        yield row, self._rows[row].push(token, last=done == self._limit)
+                self._steps = done
+                if all(row.finish_reason for row in self._rows):
+                    return
+
+    def completions(self) -> list[Completion]:
+        """One per prompt, once the iterator has ended."""
+        stats = self._statistics()
+        return [Completion("".join(row.pieces), row.token_ids, row.finish_reason, stats) for row in self._rows]
+
+    def _statistics(self) -> Statistics:
+        engine = self._model.engine
+        compiled = engine.compiled[self._compiled_before :]
+        new = sum(len(row.token_ids) for row in self._rows)
+        total, decode = (sum(item.seconds for item in compiled if kind in item.name) for kind in ("", "decode"))
+        later, seconds = new - len(self._rows), self._end - self._first - decode
+        longest = [len(prompt) + len(row.token_ids) for prompt, row in zip(self._prompts, self._rows, strict=True)]
+        step_bytes = engine.step_bytes(sum(longest))
+        steps = self._steps - 1
+        return Statistics(
+            load_seconds=self._model.load_seconds,
+            compile_seconds=total,
+            first_token_seconds=self._first - self._start - (total - decode),
+            total_seconds=self._end - self._start,
+            prompt_tokens=sum(map(len, self._prompts)),
+            new_tokens=new,
+            decode_tokens_per_second=later / seconds if later > 0 and seconds > 0 else 0.0,
+            bytes_per_step=step_bytes,
+            bandwidth=step_bytes * steps / seconds if steps > 0 and seconds > 0 else 0.0,
+            peak_bytes=_peak_bytes(),
+        )
+
+
+def load(
+    model: str | os.PathLike[str],
+    dtype: Any = None,
+    backend: str = "auto",
+    progress: bool | None = None,
+    steps_per_dispatch: int | None = None,
+) -> LanguageModel:
+    """Load a model, dense or low-rank.
+
+    Args:
+        model: a registry name (`qwen3-4b`), a Hub id (`Qwen/Qwen3-4B`) or a folder.
+        dtype: of weights and activations: "float32", "bfloat16", "float16" or a dtype. Default: bfloat16 on
+            accelerators, float32 on CPU, where the others are many times slower.
+        backend: who multiplies: "auto" or "xla".
+        progress: a progress bar on stderr; by default where stderr is a terminal.
+        steps_per_dispatch: tokens decoded per call of the device; default 2 on CPU, 8 elsewhere.
+
+    Raises ModelError for a model that can't be had or is broken, UsageError for options that can't be used.
+    """
+    start = time.perf_counter()
+    chosen, kernel = _dtype(dtype), kernels.choose(backend)
+    folder = hub.resolve(model)
+    checkpoint = Checkpoint(folder)
+    ends = end_of_text_ids(folder, checkpoint.raw)
+    use_compilation_cache()
+    bar = tqdm(
+        desc=f"loading {folder.name}",
+        total=checkpoint.nbytes,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        file=sys.stderr,
+        disable=None if progress is None else not progress,
+    )
+    with bar:
+        built = checkpoint.load(kernel, chosen, bar.update)
+    steps = steps_per_dispatch or (2 if jax.default_backend() == "cpu" else 8)
+    engine = Engine(built, steps_per_dispatch=steps)
+    jax.block_until_ready(engine.leaves)
+    return LanguageModel(folder, checkpoint.config, engine, ends, time.perf_counter() - start)
+
+
+def load_and_generate(model: str | os.PathLike[str], prompt: Prompt, **options: Any) -> str:
+    """Load a model and continue one prompt: the text. `options` are those of `load` and of `generate`."""
+    names = ("dtype", "backend", "progress", "steps_per_dispatch")
+    loading = {name: options.pop(name) for name in names if name in options}
+    return load(model, **loading).generate(prompt, **options).text
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled steps on disk, unless the user has chosen a place with JAX's own setting."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache_folder() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _dtype(dtype: Any) -> Any:
+    if dtype is None:
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    try:
+        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in DTYPES:
+        raise UsageError(f"there is no dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _ids(tokens: Any) -> list[int]:
+    array = np.asarray(tokens)
+    if array.size == 0:
+        return []
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise UsageError(f"{str(tokens)[:60]!r} is no prompt: expected a string, chat messages or a list of token ids")
+    return array.tolist()
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    if isinstance(prompts, str):
+        return True
+    if not hasattr(prompts, "__len__") or isinstance(prompts, dict):
+        raise UsageError("prompts must be a string, chat messages or token ids, or a list of these")
+    return len(prompts) > 0 and (
+        isinstance(prompts[0], dict) or np.ndim(prompts[0]) == 0 and not isinstance(prompts[0], str)
+    )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def _peak_bytes() -> int:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return stats.get("peak_bytes_in_use") or kibibytes * 1024

@@ -1,0 +1,171 @@
+"""From a folder to a model: strict, tensor by tensor, never two copies of a weight."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxsvd.checkpoint.families import Stored, find, listing
+from jaxsvd.checkpoint.files import TensorFiles
+from jaxsvd.config import ModelConfig, read_json
+from jaxsvd.errors import ModelError
+from jaxsvd.kernels import Backend, Dense, Factored, Matrix
+from jaxsvd.models import build
+from jaxsvd.weights import AbstractWeights, break_even
+
+if TYPE_CHECKING:
+    from jaxsvd.models.llama import Llama
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_LAYER_TENSORS = 9  # the least number of tensors that a layer has
+
+
+class Checkpoint:
+    """A model folder whose files are known to hold exactly the model that config.json describes.
+
+    Opening reads headers only. Raises ModelError that lists all missing, unexpected, mis-shaped and duplicate tensors.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.raw = read_json(self.folder / "config.json")
+        self.files = TensorFiles(self.folder)
+        entries = self.files.entries
+        config = ModelConfig.from_hf(self.raw)
+        tied = config.tied if config.tied is not None else _HEAD not in entries
+        self.config = dataclasses.replace(config, tied=tied)
+        if config.num_layers * _LAYER_TENSORS > len(entries):
+            raise ModelError(
+                f"{self.folder} has {len(entries)} tensors: too few for the {config.num_layers} layers "
+                "(num_hidden_layers) of its config.json"
+            )
+        self.matrices: dict[str, Stored] = {}
+        problems, known = [*self.files.problems], set()
+        expected = _expectations(self.config)
+        for name, shape in expected.arrays.items():
+            known.add(name)
+            if name not in entries:
+                problems.append(f"missing: {name} {shape}")
+            elif entries[name].shape != shape:
+                problems.append(f"mis-shaped: {name} is {entries[name].shape}, expected {shape}")
+        for path, demand in expected.matrices.items():
+            found = find(entries, path, *demand)
+            known |= found.names
+            problems += found.problems
+            if found.stored:
+                self.matrices[path] = found.stored
+        problems += self._head_problems()
+        problems += [f"unexpected: {name} {entries[name].shape}" for name in entries if not self._is_known(name, known)]
+        problems += self._descriptor_problems()
+        if problems:
+            raise listing(self.folder, problems)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of every factored matrix by its path."""
+        return {path: stored.rank for path, stored in self.matrices.items() if stored.rank is not None}
+
+    def _is_known(self, name: str, known: set[str]) -> bool:
+        # Old Llama files carry the rotary frequencies, which follow from the config.
+        return name in known or name.endswith(".rotary_emb.inv_freq") or (name == _HEAD and self.config.tied is True)
+
+    def _head_problems(self) -> list[str]:
+        """Some tied checkpoints store the head as well; it must then be the embedding."""
+        entries = self.files.entries
+        if not self.config.tied or _HEAD not in entries or _EMBEDDING not in entries:
+            return []
+        if np.array_equal(self.files.read(_HEAD), self.files.read(_EMBEDDING)):
+            return []
+        return [f"unexpected: {_HEAD} differs from {_EMBEDDING}, but config.json ties them (tie_word_embeddings)"]
+
+    def _descriptor_problems(self) -> list[str]:
+        """config.json may say which matrices are factored; the tensors decide, and it must agree."""
+        descriptor = self.raw.get("low_rank")
+        if descriptor is None:
+            return []
+        stated = descriptor.get("ranks") if isinstance(descriptor, dict) else None
+        if not isinstance(stated, dict):
+            return ["config.json: low_rank has no `ranks` of matrix paths to ranks"]
+        found = self.ranks
+        return [
+            f"config.json: low_rank says that {path} has rank {stated.get(path, 'none: dense')}, "
+            f"the tensors have {found.get(path, 'none: dense')}"
+            for path in sorted(stated.keys() | found.keys())
+            if stated.get(path) != found.get(path)
+        ]
+
+    def load(self, backend: Backend, dtype: Any, progress: Callable[[int], object] | None = None) -> "Llama":
+        """Build the model on the default device in `dtype`; `progress` is told of the bytes of each tensor read."""
+        return build(self.config, CheckpointWeights(self, dtype, progress), backend)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors on disk."""
+        sizes = {"F32": 4, "F16": 2, "BF16": 2}
+        return sum(sizes.get(entry.dtype, 0) * int(np.prod(entry.shape)) for entry in self.files.entries.values())
+
+
+class CheckpointWeights:
+    """The `jaxsvd.weights.Weights` of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: Any, progress: Callable[[int], object] | None = None) -> None:
+        self.dtype = np.dtype(dtype)
+        self._checkpoint = checkpoint
+        self._progress = progress or (lambda count: None)
+
+    def _read(self, name: str) -> np.ndarray:
+        array = self._checkpoint.files.read(name)
+        self._progress(array.nbytes)
+        return array
+
+    def _cast(self, array: np.ndarray, name: str) -> np.ndarray:
+        if array.dtype == self.dtype:
+            return array
+        with np.errstate(over="ignore"):
+            cast = array.astype(self.dtype)
+        if self.dtype.itemsize < array.dtype.itemsize and not np.isfinite(cast).all():
+            raise ModelError(f"{name} has values too large for {self.dtype}: load it as float32 or bfloat16")
+        return cast
+
+    def array(self, name: str, *shape: int) -> np.ndarray:
+        """See `Weights.array`."""
+        return self._cast(self._read(name), name)
+
+    def matrix(self, path: str, inputs: int, outputs: int, bias: bool) -> tuple[Matrix, np.ndarray | None]:
+        """See `Weights.matrix`. From its break-even rank on, a factored matrix is multiplied out: dense is cheaper."""
+        stored = self._checkpoint.matrices[path]
+        offset = self._cast(self._read(stored.bias), stored.bias) if stored.bias else None
+        if stored.weight:
+            return Dense(self._cast(self._read(stored.weight), stored.weight).T), offset
+        assert stored.down and stored.up and stored.rank
+        down, up = self._read(stored.down), self._read(stored.up)
+        if stored.rank >= break_even(inputs, outputs):
+            return Dense(self._cast(up.astype(np.float32) @ down.astype(np.float32), path).T), offset
+        return Factored(self._cast(down, stored.down).T, self._cast(up, stored.up).T), offset
+
+
+class _Expectations(AbstractWeights):
+    """Writes down what a model's constructor asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arrays: dict[str, tuple[int, ...]] = {}
+        self.matrices: dict[str, tuple[int, int, bool]] = {}
+
+    def array(self, name: str, *shape: int) -> Any:
+        self.arrays[name] = shape
+        return super().array(name, *shape)
+
+    def matrix(self, path: str, inputs: int, outputs: int, bias: bool) -> tuple[Matrix, Any | None]:
+        self.matrices[path] = (inputs, outputs, bias)
+        return super().matrix(path, inputs, outputs, bias)
+
+
+def _expectations(config: ModelConfig) -> _Expectations:
+    from jaxsvd.kernels.xla import XLA
+
+    expected = _Expectations()
+    build(config, expected, XLA("cpu"))
+    return expected

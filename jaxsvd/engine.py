@@ -1,0 +1,300 @@
+"""The engine: compiled prefill and decode over a model that is a pure tree of arrays. It knows token ids only.
+
+Every step is compiled ahead of time for its static shapes and kept; nothing is ever compiled twice or behind the
+caller's back (`Engine.compiled` lists it all). Weights go in as flat leaves, which costs 1 ms a call where `nnx.jit`
+costs 48.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from jaxsvd.cache import KVCache, empty_cache
+from jaxsvd.errors import JaxsvdError, UsageError
+from jaxsvd.models.llama import Llama
+from jaxsvd.sampling import NOT_FINITE, PROMPT, Mode, Sampler, SamplingParams, mode_of, sample, sampler_of
+
+logger = logging.getLogger("jaxsvd")
+
+# Prompts are padded to one of these lengths; a longer one goes through the largest in chunks.
+PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
+SMALLEST_CAPACITY = 128
+
+
+class Compiled(NamedTuple):
+    """One compiled step: what it is, and what compiling cost."""
+
+    name: str
+    seconds: float
+
+
+class Engine:
+    """Runs one model.
+
+    Args:
+        model: its arrays on device, or `jax.ShapeDtypeStruct`s, for lowering only.
+        prefill_buckets: lengths that prompts are padded to, ascending; the largest is the chunk of longer prompts.
+        steps_per_dispatch: tokens decoded per call of the device. More hide the host; fewer stream more smoothly and
+            waste less behind the end of a text.
+    """
+
+    def __init__(
+        self, model: Llama, prefill_buckets: Sequence[int] = PREFILL_BUCKETS, steps_per_dispatch: int = 8
+    ) -> None:
+        if not prefill_buckets or list(prefill_buckets) != sorted(set(prefill_buckets)) or prefill_buckets[0] < 1:
+            raise UsageError(f"prefill_buckets is {list(prefill_buckets)}: expected ascending positive lengths")
+        if steps_per_dispatch < 1:
+            raise UsageError(f"steps_per_dispatch is {steps_per_dispatch}: expected at least 1")
+        self.config = model.config
+        self.dtype = jnp.dtype(model.embed_tokens.weight.dtype)
+        self.prefill_buckets = tuple(prefill_buckets)
+        self.steps_per_dispatch = steps_per_dispatch
+        self.compiled: list[Compiled] = []
+        self._graph, state = nnx.split(model)
+        self.leaves, self._tree = jax.tree.flatten(state)
+        self._steps: dict[tuple, Any] = {}
+
+    # The steps. Pure functions of the leaves: tests lower them for Neuron as they stand.
+
+    def _model(self, leaves: Sequence[jax.Array]) -> Llama:
+        return nnx.merge(self._graph, self._tree.unflatten(leaves))
+
+    def prefill(
+        self,
+        leaves: Sequence[jax.Array],
+        tokens: jax.Array,
+        lengths: jax.Array,
+        *,
+        every: bool = False,
+    ) -> tuple[jax.Array, KVCache]:
+        """Start a cache, just large enough, with prompts (batch, bucket) of `lengths` (batch,).
+
+        Returns float32 logits of each row's last token (batch, vocab), or of `every` one (batch, bucket, vocab).
+        """
+        cache = empty_cache(self.config, *tokens.shape, self.dtype)
+        return self._prefill(leaves, tokens, lengths, cache, jnp.int32(0), every)
+
+    def grow(self, cache: KVCache, *, capacity: int) -> KVCache:
+        """The cache with room for `capacity` tokens. A step of its own, so that prefill depends on the bucket alone."""
+
+        def pad(buffer: jax.Array) -> jax.Array:
+            return jnp.pad(buffer, ((0, 0), (0, capacity - buffer.shape[1]), (0, 0)))
+
+        return KVCache([pad(k) for k in cache.keys], [pad(v) for v in cache.values], cache.lengths)
+
+    def extend(
+        self,
+        leaves: Sequence[jax.Array],
+        tokens: jax.Array,
+        lengths: jax.Array,
+        cache: KVCache,
+        start: jax.Array,
+        *,
+        every: bool = False,
+    ) -> tuple[jax.Array, KVCache]:
+        """Add the chunk (batch, bucket) that begins at token `start` () of prompts of `lengths` to a cache.
+
+        Returns as `prefill`; rows whose last token lies in another chunk get logits without meaning.
+        """
+        return self._prefill(leaves, tokens, lengths, cache, start, every)
+
+    def _prefill(
+        self,
+        leaves: Sequence[jax.Array],
+        tokens: jax.Array,
+        lengths: jax.Array,
+        cache: KVCache,
+        start: jax.Array,
+        every: bool,
+    ) -> tuple[jax.Array, KVCache]:
+        model = self._model(leaves)
+        hidden, cache = model(tokens, cache, start)
+        if not every:
+            last = jnp.clip(lengths - 1 - start, 0, tokens.shape[1] - 1)
+            hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1, mode="clip")[:, 0]
+        return model.logits(hidden), KVCache(cache.keys, cache.values, lengths)
+
+    def first(
+        self, logits: jax.Array, sampler: Sampler, lengths: jax.Array, seen: jax.Array | None, *, mode: Mode
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Choose the token that follows the prompt: int32 (batch,), and `seen` with it."""
+        return sample(logits, sampler, lengths, seen, mode)
+
+    def decode(
+        self,
+        leaves: Sequence[jax.Array],
+        cache: KVCache,
+        token: jax.Array,
+        seen: jax.Array | None,
+        sampler: Sampler,
+        *,
+        steps: int,
+        mode: Mode,
+    ) -> tuple[jax.Array, KVCache, jax.Array, jax.Array | None]:
+        """Generate `steps` tokens per row, starting from `token` (batch,), the newest one and not yet in the cache.
+
+        Returns the tokens (batch, steps), the cache, the last token and `seen`.
+        """
+        model = self._model(leaves)
+
+        def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
+            cache, token, seen = carry
+            hidden, cache = model(token[:, None], cache, cache.lengths)
+            lengths = cache.lengths + 1
+            token, seen = sample(model.logits(hidden[:, 0]), sampler, lengths, seen, mode)
+            return (KVCache(cache.keys, cache.values, lengths), token, seen), token
+
+        carry = (cache, token, seen)
+        if steps == 1:
+            carry, tokens = step(carry, None)
+            tokens = tokens[None]
+        else:
+            carry, tokens = lax.scan(step, carry, length=steps)
+        return tokens.T, *carry
+
+    # What the host does.
+
+    def logits(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Logits of every token of every prompt, float32 (batch, longest, vocab); zeros behind a shorter row's end."""
+        lengths = self._check(prompts, 0)
+        result = np.zeros((len(prompts), lengths.max(), self.config.vocab_size), np.float32)
+        for start, logits, _ in self._chunks(prompts, lengths, 0, every=True):
+            width = min(logits.shape[1], result.shape[1] - start)
+            result[:, start : start + width] = logits[:, :width]
+        result[np.arange(result.shape[1]) >= lengths[:, None]] = 0
+        return result
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[SamplingParams], max_new_tokens: int
+    ) -> Iterator[np.ndarray]:
+        """Yield blocks of new tokens, int32 (batch, n), up to `max_new_tokens` a row in all; the first block is one.
+
+        The caller decides which rows have ended, and stops by closing the iterator. Raises UsageError for prompts that
+        do not fit the model, JaxsvdError where the model computes something that is not a number.
+        """
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
+        lengths = self._check(prompts, max_new_tokens)
+        mode, sampler = mode_of(rows), sampler_of(rows)
+        seen = self._seen(prompts) if mode.penalties else None
+        cache = logits = None
+        for start, chunk, cache in self._chunks(prompts, lengths, max_new_tokens):
+            inside = (lengths > start)[:, None]
+            logits = chunk if logits is None else self._run("select", _where, (inside, chunk, logits))
+        token, seen = self._run("first token", self.first, (logits, sampler, lengths, seen), donate=(3,), mode=mode)
+        yield _checked(token[:, None])
+        # One block is always under way while the host looks at the one before it.
+        block, left = None, max_new_tokens - 1
+        while block is not None or left > 0:
+            ahead = None
+            if left > 0:
+                steps = self.steps_per_dispatch
+                args = (self.leaves, cache, token, seen, sampler)
+                label = f"decode of {steps} tokens, cache {cache.capacity}"
+                ahead, cache, token, seen = self._run(label, self.decode, args, (1, 3), steps=steps, mode=mode)
+                ahead = ahead[:, :left] if steps > left else ahead
+                left -= steps
+            if block is not None:
+                yield _checked(block)
+            block = ahead
+
+    def step_bytes(self, cached: int) -> int:
+        """The bytes that a decode step must read: the weights, and keys and values of `cached` tokens of all rows.
+
+        Of an embedding that is not also the head, a step reads a row a token, which is not counted.
+        """
+        config = self.config
+        table = 0 if config.tied else config.vocab_size * config.hidden_size * self.dtype.itemsize
+        per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
+        return sum(leaf.nbytes for leaf in self.leaves) - table + cached * per_token
+
+    def capacity(self, tokens: int) -> int:
+        """The cache that `tokens` a row need: a power of two, so that few graphs serve all lengths."""
+        capacity = SMALLEST_CAPACITY
+        while capacity < tokens:
+            capacity *= 2
+        return capacity
+
+    def _chunks(
+        self, prompts: Sequence[Sequence[int]], lengths: np.ndarray, new: int, every: bool = False
+    ) -> Iterator[tuple[int, jax.Array, KVCache]]:
+        """Prefill in chunks: the first token of each, its logits, and the cache so far."""
+        chunk = self.prefill_buckets[-1]
+        longest = int(lengths.max())
+        last = next(size for size in self.prefill_buckets if size >= (longest - 1) % chunk + 1)
+        padded = np.zeros((len(prompts), (longest - 1) // chunk * chunk + last), np.int32)
+        for row, prompt in zip(padded, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        # The last block of a decode may run past max_new_tokens.
+        capacity = self.capacity(max(padded.shape[1], longest + new + self.steps_per_dispatch))
+        cache = None
+        for start in range(0, padded.shape[1], chunk):
+            piece = padded[:, start : start + chunk]
+            if cache is None:
+                label = f"prefill of {piece.shape[1]} tokens"
+                logits, cache = self._run(label, self.prefill, (self.leaves, piece, lengths), every=every)
+                cache = self._run(f"cache {capacity}", self.grow, (cache,), capacity=capacity)
+            else:
+                label = f"extension by {piece.shape[1]} tokens, cache {capacity}"
+                args = (self.leaves, piece, lengths, cache, np.int32(start))
+                logits, cache = self._run(label, self.extend, args, donate=(3,), every=every)
+            yield start, logits, cache
+
+    def _check(self, prompts: Sequence[Sequence[int]], new: int) -> np.ndarray:
+        if not prompts:
+            raise UsageError("there is no prompt: give at least one")
+        for row, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise UsageError(f"prompt {row} is empty: give at least one token")
+            low, high = min(prompt), max(prompt)
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise UsageError(
+                    f"prompt {row} has token id {bad}: the model has ids 0 to {self.config.vocab_size - 1}"
+                )
+            if len(prompt) + new > self.config.max_positions:
+                raise UsageError(
+                    f"prompt {row} has {len(prompt)} tokens and {new} are to follow: the model has room for "
+                    f"{self.config.max_positions}; shorten the prompt or lower max_new_tokens"
+                )
+        return np.array([len(prompt) for prompt in prompts], np.int32)
+
+    def _seen(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        seen = np.zeros((len(prompts), self.config.vocab_size), np.uint8)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[np.asarray(prompt)] = PROMPT
+        return seen
+
+    def _run(self, label: str, step: Any, args: tuple, donate: tuple[int, ...] = (), **static: Any) -> Any:
+        """Run a step, compiled once for its static arguments and the shapes of the others."""
+        own = args[1:] if args[0] is self.leaves else args
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(own))
+        key = (step.__name__, shapes, tuple(static.items()))
+        if key not in self._steps:
+            start = time.perf_counter()
+            self._steps[key] = jax.jit(partial(step, **static), donate_argnums=donate).lower(*args).compile()
+            self.compiled.append(Compiled(label, time.perf_counter() - start))
+            logger.info("compiled %s in %.2f s", *self.compiled[-1])
+        return self._steps[key](*args)
+
+
+def _where(inside: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(inside, new, old)
+
+
+def _checked(tokens: Any) -> np.ndarray:
+    """Tokens on the host. Logits that are not numbers mean broken weights or a dtype that is too small."""
+    host = np.asarray(tokens)
+    if (host == NOT_FINITE).any():
+        raise JaxsvdError(
+            "the model's logits are not numbers: the weights are damaged, or too large for this dtype (try float32)"
+        )
+    return host

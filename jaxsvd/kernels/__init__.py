@@ -1,0 +1,86 @@
+"""The seam between the models and whatever multiplies their matrices.
+
+A *group* is a list of matrices that read the same x; each is `Dense` or `Factored`. A backend answers three questions
+about a group: how its arrays are laid out (`plan`, in Python, from shapes alone), how the matrices become those arrays
+(`pack`, once, at load), and how x goes through them (`project`, inside `jax.jit`). This package knows arrays only.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jaxsvd.errors import UsageError
+
+
+class Dense(NamedTuple):
+    """A matrix as it is: `y = x·w`, w (in, out)."""
+
+    w: np.ndarray
+
+
+class Factored(NamedTuple):
+    """A low-rank matrix: `y = (x·u)·v`, u (in, r), v (r, out)."""
+
+    u: np.ndarray
+    v: np.ndarray
+
+
+Matrix = Dense | Factored
+
+
+class MatrixShape(NamedTuple):
+    """What a plan needs to know of a matrix; `rank` is None where it is dense."""
+
+    inputs: int
+    outputs: int
+    rank: int | None = None
+
+
+def shape_of(matrix: Matrix) -> MatrixShape:
+    """The shape of a matrix, from its arrays (or from `jax.ShapeDtypeStruct`s)."""
+    if isinstance(matrix, Dense):
+        return MatrixShape(*matrix.w.shape)
+    return MatrixShape(matrix.u.shape[0], matrix.v.shape[1], matrix.u.shape[1])
+
+
+class Backend(Protocol):
+    """One way of multiplying groups. Frozen and hashable: models keep it as a static attribute."""
+
+    @property
+    def name(self) -> str:
+        """What `backend=` calls it."""
+        ...
+
+    def plan(self, shapes: tuple[MatrixShape, ...]) -> Any:
+        """Choose the layout of a group from the shapes of its matrices, which share `inputs`.
+
+        The plan is static under `jax.jit`, hence hashable; its `array_shapes` are those of what `pack` makes.
+        """
+        ...
+
+    def pack(self, plan: Any, group: Sequence[Matrix]) -> list[np.ndarray]:
+        """Lay host arrays out as `plan` says: once per model, in the dtype that they come in."""
+        ...
+
+    def project(self, plan: Any, x: jax.Array, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """Multiply x (…, in) with every matrix of the group: [(…, out), …] in x's dtype, sums in float32."""
+        ...
+
+    def attend(self, x: jax.Array, table: jax.Array) -> jax.Array:
+        """Float32 logits (…, vocab) of x (…, width) against a table of token vectors (vocab, width)."""
+        ...
+
+
+def choose(backend: str = "auto", platform: str | None = None) -> Backend:
+    """The backend for a platform (default: JAX's own). XLA is the default and the oracle of every other one.
+
+    Raises UsageError for a name that there is no backend for.
+    """
+    from jaxsvd.kernels.xla import XLA
+
+    if backend in ("auto", "xla"):
+        return XLA(platform or jax.default_backend(), len(os.sched_getaffinity(0)))
+    raise UsageError(f"there is no backend {backend!r}: choose one of auto, xla")

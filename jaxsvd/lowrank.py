@@ -1,0 +1,56 @@
+"""Projections: the one place where a model's matrices reach a kernel."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxsvd.kernels import Backend, shape_of
+from jaxsvd.weights import Weights
+
+
+def parameter(value: Any) -> nnx.Param:
+    """An `nnx.Param` on the default device; a `jax.ShapeDtypeStruct` stays one."""
+    return nnx.Param(value if isinstance(value, jax.ShapeDtypeStruct) else jax.device_put(value))
+
+
+class Projections(nnx.Module):
+    """A group: projections of one x, each dense or low-rank of its own rank, with or without bias.
+
+    The members are packed for the backend here, one group at a time, and the originals dropped, so that no weight is
+    ever held twice.
+
+    Args:
+        weights: where the matrices come from.
+        backend: who multiplies them.
+        parent: the HF path of the module that they belong to, e.g. `model.layers.0.self_attn`.
+        inputs: the width of x.
+        outputs: the width of each member by its name, e.g. `{"q_proj": 2048, "k_proj": 512, "v_proj": 512}`.
+        bias: whether the members have biases.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        backend: Backend,
+        parent: str,
+        inputs: int,
+        outputs: Mapping[str, int],
+        bias: bool = False,
+    ) -> None:
+        loaded = [weights.matrix(f"{parent}.{name}", inputs, width, bias) for name, width in outputs.items()]
+        group = [matrix for matrix, _ in loaded]
+        self.backend = backend
+        self.plan: Any = backend.plan(tuple(shape_of(matrix) for matrix in group))
+        if isinstance(group[0][0], jax.ShapeDtypeStruct):
+            arrays = [jax.ShapeDtypeStruct(shape, weights.dtype) for shape in self.plan.array_shapes]
+        else:
+            arrays = backend.pack(self.plan, group)
+        self.arrays = nnx.List([parameter(array) for array in arrays])
+        self.biases = nnx.List([parameter(offset) for _, offset in loaded if offset is not None])
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """x (…, inputs) to one (…, outputs) per member, in x's dtype."""
+        ys = self.backend.project(self.plan, x, [array[...] for array in self.arrays])
+        return [y + offset[...] for y, offset in zip(ys, self.biases, strict=True)] if self.biases else ys

@@ -1,0 +1,135 @@
+"""Llama (2 and 3.x) with factored projections (Touvron et al. 2023; Grattafiori et al. 2024)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxsvd.attention import attend
+from jaxsvd.cache import KVCache, write
+from jaxsvd.config import ModelConfig
+from jaxsvd.kernels import Backend
+from jaxsvd.layers import Embedding, RMSNorm, rope_angles, rotate
+from jaxsvd.lowrank import Projections
+from jaxsvd.weights import Weights
+
+
+class Step(NamedTuple):
+    """What all layers of one forward pass share."""
+
+    start: jax.Array  # int32 (batch,) or (): where the new tokens go in the cache
+    positions: jax.Array  # int32 (batch, tokens)
+    cosines: jax.Array
+    sines: jax.Array
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; q, k and v are one group."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, path: str) -> None:
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        self.qkv = Projections(weights, backend, path, config.hidden_size, outputs, config.attention_bias)
+        self.o = Projections(weights, backend, path, queries, {"o_proj": config.hidden_size}, config.attention_bias)
+
+    def normalise(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Llama leaves the heads as they are."""
+        return q, k
+
+    def __call__(
+        self, x: jax.Array, keys: jax.Array, values: jax.Array, step: Step
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x (batch, tokens, hidden) and the layer's cache to the same three, the cache with the new tokens."""
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x)
+        q, k = self.normalise(
+            q.reshape(batch, tokens, self.heads, self.head_dim), k.reshape(batch, tokens, self.kv_heads, self.head_dim)
+        )
+        q, k = (rotate(heads.swapaxes(1, 2), step.cosines, step.sines) for heads in (q, k))
+        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim).swapaxes(1, 2)
+        keys, values = write(keys, k, step.start), write(values, v, step.start)
+        mixed = attend(q, keys, values, step.positions)
+        (y,) = self.o(mixed.swapaxes(1, 2).reshape(batch, tokens, -1))
+        return y, keys, values
+
+
+class MLP(nnx.Module):
+    """The gated MLP, down(silu(gate(x))·up(x)); gate and up are one group."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, path: str) -> None:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up = Projections(
+            weights, backend, path, hidden, {"gate_proj": inner, "up_proj": inner}, config.mlp_bias
+        )
+        self.down = Projections(weights, backend, path, inner, {"down_proj": hidden}, config.mlp_bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (…, hidden) to the same shape."""
+        gate, up = self.gate_up(x)
+        (y,) = self.down(jax.nn.silu(gate) * up)
+        return y
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    attention: type[Attention] = Attention
+
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, path: str) -> None:
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(weights, f"{path}.{name}", config.hidden_size, config.rms_norm_eps)
+
+        self.input_layernorm = norm("input_layernorm")
+        self.self_attn = self.attention(config, weights, backend, f"{path}.self_attn")
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.mlp = MLP(config, weights, backend, f"{path}.mlp")
+
+    def __call__(
+        self, x: jax.Array, keys: jax.Array, values: jax.Array, step: Step
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `Attention`, with both residual streams."""
+        y, keys, values = self.self_attn(self.input_layernorm(x), keys, values, step)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+
+
+class Llama(nnx.Module):
+    """The whole model, a pure tree: no state, no shared variables. A tied head is a method of the embedding."""
+
+    layer: type[Layer] = Layer
+
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend) -> None:
+        self.config = config
+        self.embed_tokens = Embedding(weights, backend, "model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.layers = nnx.List(
+            [self.layer(config, weights, backend, f"model.layers.{i}") for i in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(weights, "model.norm", config.hidden_size, config.rms_norm_eps)
+        if not config.tied:
+            self.lm_head = Embedding(weights, backend, "lm_head", config.vocab_size, config.hidden_size)
+
+    def __call__(self, tokens: jax.Array, cache: KVCache, start: jax.Array) -> tuple[jax.Array, KVCache]:
+        """Run new tokens through the layers and into the cache.
+
+        Args:
+            tokens: int32 (batch, tokens), right-padded.
+            cache: what the tokens before have left; its `lengths` are the caller's to set.
+            start: int32 (batch,) or (), the position of the first new token of each row.
+
+        Returns:
+            Final hidden states (batch, tokens, hidden), normed, and the cache with the new keys and values.
+        """
+        positions = jnp.broadcast_to(start, tokens.shape[:1])[:, None] + jnp.arange(tokens.shape[1])
+        angles = rope_angles(positions, self.config.rope, self.config.head_dim)
+        step = Step(start, positions, *angles)
+        x = self.embed_tokens(tokens)
+        keys, values = list(cache.keys), list(cache.values)
+        for i, layer in enumerate(self.layers):
+            x, keys[i], values[i] = layer(x, keys[i], values[i], step)
+        return self.norm(x), KVCache(keys, values, cache.lengths)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states (…, hidden) to float32 logits (…, vocab)."""
+        return (self.embed_tokens if self.config.tied else self.lm_head).attend(hidden)
