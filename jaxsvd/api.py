@@ -313,7 +313,7 @@ def _is_one_prompt(prompts: Any) -> bool:
     if not hasattr(prompts, "__len__") or isinstance(prompts, dict):
         raise UsageError("prompts must be a string, chat messages or token ids, or a list of these")
     return len(prompts) > 0 and (
-        isinstance(prompts[0], dict) or np.ndim(prompts[0]) == 0 and not isinstance(prompts[0], str)
+        isinstance(prompts[0], dict) or (np.ndim(prompts[0]) == 0 and not isinstance(prompts[0], str))
     )
 
 

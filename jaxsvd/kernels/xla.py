@@ -17,7 +17,6 @@ from jax import lax
 
 from jaxsvd.kernels import Dense, Factored, Matrix, MatrixShape
 
-
 RANK_MULTIPLE = 16  # ranks are padded to it with zeros, which is exact: odd widths cost more than the zeros do
 
 
