@@ -172,7 +172,6 @@ class _Session:
     def __init__(
         self, model: LanguageModel, prompts: list[Prompt], limit: int, stop: str | Sequence[str], options: dict
     ) -> None:
-        self._start = time.perf_counter()
         self._model, self._limit = model, limit
         self._prompts = [model.encode(prompt) for prompt in prompts]
         stops = [stop] if isinstance(stop, str) else list(stop)
@@ -185,10 +184,11 @@ class _Session:
         tokenizer = model.tokenizer if needs_text or _has_tokenizer(model.folder) else None
         self._rows = [_Row(tokenizer, stop_ids, stops) for _ in prompts]
         self._compiled_before = len(model.engine.compiled)
-        self._first = self._end = 0.0
+        self._start = self._first = self._end = 0.0
         self._steps = 0
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
+        self._start = time.perf_counter()
         with closing(self._model.engine.generate(self._prompts, self._sampling, self._limit)) as blocks:
             done = 0
             for block in blocks:
@@ -257,7 +257,7 @@ def load(
     use_compilation_cache()
     bar = tqdm(
         desc=f"loading {folder.name}",
-        total=checkpoint.nbytes,
+        total=checkpoint.files.nbytes,
         unit="B",
         unit_scale=True,
         leave=False,

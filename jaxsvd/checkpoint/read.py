@@ -100,12 +100,6 @@ class Checkpoint:
         """Build the model on the default device in `dtype`; `progress` is told of the bytes of each tensor read."""
         return build(self.config, CheckpointWeights(self, dtype, progress), backend)
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all tensors on disk."""
-        sizes = {"F32": 4, "F16": 2, "BF16": 2}
-        return sum(sizes.get(entry.dtype, 0) * int(np.prod(entry.shape)) for entry in self.files.entries.values())
-
 
 class CheckpointWeights:
     """The `jaxsvd.weights.Weights` of a checkpoint."""

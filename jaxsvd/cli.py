@@ -1,0 +1,192 @@
+"""The commands: results on stdout, progress and statistics on stderr.
+
+Exit codes: 0 done, 2 something given can't be used, 3 something failed at run time, 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxsvd import __version__
+from jaxsvd.errors import JaxsvdError, UsageError
+
+if TYPE_CHECKING:
+    from jaxsvd.api import LanguageModel, Prompt, Statistics
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `jaxsvd COMMAND …`; return the exit code."""
+    parser = argparse.ArgumentParser(prog="jaxsvd", description="Low-rank LLM inference in JAX.")
+    parser.add_argument("--version", action="version", version=f"jaxsvd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (add_arguments, command) in COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=command.__doc__, description=command.__doc__))
+    return _run(parser, argv)
+
+
+def run(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run one command, as the scripts do; return the exit code."""
+    add_arguments, command = COMMANDS[name]
+    parser = argparse.ArgumentParser(description=command.__doc__)
+    parser.add_argument("--version", action="version", version=f"jaxsvd {__version__}")
+    add_arguments(parser)
+    return _run(parser, argv)
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    args = parser.parse_args(argv)
+    if not args.quiet:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logging.getLogger("jaxsvd").addHandler(handler)
+        logging.getLogger("jaxsvd").setLevel(logging.INFO)
+    try:
+        args.command(args)
+        sys.stdout.flush()
+    except JaxsvdError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of a pipe has had enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _common(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no statistics on stderr")
+    parser.set_defaults(command=command)
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a registry name (qwen3-4b), a Hub id or a folder")
+    parser.add_argument("-p", "--prompt", action="append", default=[], help="a prompt, or - for stdin; repeatable")
+    parser.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a file that is one prompt")
+    style = parser.add_mutually_exclusive_group()
+    style.add_argument("--chat", action="store_true", default=None, help="use the model's chat template (if it has one)")
+    style.add_argument("--raw", action="store_false", dest="chat", help="continue the prompt as plain text")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the nucleus of probability P")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="keep tokens of P times the best's")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1: none")
+    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="0: none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the text here; repeatable")
+    parser.add_argument("--ignore-eos", action="store_true", help="run past the model's end-of-text token")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: by platform)")
+    parser.add_argument("--backend", default="auto", help="auto or xla")
+    _common(parser, generate)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Continue prompts, streaming the text."""
+    from jaxsvd import api
+
+    prompts = _prompts(args)
+    model = api.load(args.model, args.dtype, args.backend, progress=False if args.quiet else None)
+    chat = model.tokenizer.has_chat_template if args.chat is None else args.chat
+    given: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in prompts]
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed", "ignore_eos")
+    options = {name: getattr(args, name) for name in names}
+    session = model.session(given, args.max_new_tokens, args.stop, **options)
+    # One text can stream; several would run into each other and are printed whole.
+    for _, piece in session:
+        if len(prompts) == 1 and not args.json:
+            print(piece, end="", flush=True)
+    completions = session.completions()
+    stats = completions[0].stats
+    if args.json:
+        results = [
+            {"prompt": prompt} | {name: getattr(done, name) for name in ("text", "token_ids", "finish_reason")}
+            for prompt, done in zip(prompts, completions, strict=True)
+        ]
+        print(json.dumps({"model": args.model, "results": results, "statistics": dataclasses.asdict(stats)}))
+    elif len(prompts) == 1:
+        print()
+    else:
+        for prompt, done in zip(prompts, completions, strict=True):
+            print(f"=== {prompt}\n{done.text}\n")
+    if not args.quiet:
+        print(describe(model, stats), file=sys.stderr)
+
+
+def describe(model: "LanguageModel", stats: "Statistics") -> str:
+    """A few lines for people."""
+    import jax
+
+    device = jax.local_devices()[0].device_kind
+    return (
+        f"\n{model.folder.name} on {device}, {model.engine.dtype.name}\n"
+        f"loaded in {stats.load_seconds:.1f} s, compiled in {stats.compile_seconds:.1f} s, "
+        f"first token after {stats.first_token_seconds:.2f} s ({stats.prompt_tokens} prompt tokens)\n"
+        f"{stats.new_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s; "
+        f"{stats.bytes_per_step / 1e6:.0f} MB read per step, {stats.bandwidth / 1e9:.1f} GB/s; "
+        f"peak memory {stats.peak_bytes / 1e9:.2f} GB"
+    )
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = []
+    for text in args.prompt:
+        prompts.append(sys.stdin.read() if text == "-" else text)
+    for path in args.prompt_file:
+        try:
+            prompts.append(sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the prompt file {path} can't be read ({error})") from None
+    if not prompts:
+        raise UsageError("there is no prompt: give --prompt TEXT, --prompt - for stdin, or --prompt-file FILE")
+    if any(not text.strip() for text in prompts):
+        raise UsageError("a prompt is empty: give at least one word")
+    return prompts
+
+
+def _compress_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="the dense model: a registry name, a Hub id or a folder")
+    parser.add_argument("target", type=Path, help="the folder to write")
+    parser.add_argument("--keep", type=float, default=0.8, help="the fraction of each matrix's parameters to keep (0.8)")
+    parser.add_argument("--calibration", action="append", default=[], metavar="FILE", help="UTF-8 text; repeatable")
+    parser.add_argument("--tokens", type=int, metavar="N", help="how many tokens of it to use")
+    parser.add_argument("--rank-multiple", type=int, metavar="N", help="ranks are multiples of N (128; 16 if narrow)")
+    parser.add_argument("--force", action="store_true", help="replace the target if it exists")
+    _common(parser, compress)
+
+
+def compress(args: argparse.Namespace) -> None:
+    """Write a low-rank copy of a dense model."""
+    from jaxsvd.compress import DEFAULT_TOKENS
+    from jaxsvd.compress import compress as run_compress
+
+    report = run_compress(
+        args.source,
+        args.target,
+        args.keep,
+        calibration=args.calibration,
+        tokens=DEFAULT_TOKENS if args.tokens is None else args.tokens,
+        rank_multiple=args.rank_multiple,
+        force=args.force,
+        progress=False if args.quiet else None,
+    )
+    if args.json:
+        print(json.dumps(report._asdict() | {"target": str(report.target)}))
+    else:
+        print(
+            f"{report.target}: {report.factored} of {report.matrices} matrices factored; kept "
+            f"{report.keep_linears:.3f} of their parameters ({args.keep} asked), "
+            f"{report.keep_parameters:.3f} of all parameters, {report.keep_bytes:.3f} of the bytes"
+        )
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], Any], Callable[[argparse.Namespace], None]]] = {
+    "generate": (_generate_arguments, generate),
+    "compress": (_compress_arguments, compress),
+}
