@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxsvd.api import Completion, LanguageModel, Statistics, load, load_and_generate
-    from jaxsvd.compress import compress
+    from jaxsvd.compression import compress
     from jaxsvd.errors import JaxsvdError, ModelError, UsageError
     from jaxsvd.sampling import SamplingParams
 
@@ -25,7 +25,7 @@ _PUBLIC = {
     "SamplingParams": "sampling",
     "Statistics": "api",
     "UsageError": "errors",
-    "compress": "compress",
+    "compress": "compression",
     "load": "api",
     "load_and_generate": "api",
 }

@@ -34,8 +34,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 class Statistics:
     """What a call of `generate` cost: seconds, tokens of all rows together, bytes.
 
-    `first_token_seconds` and `decode_tokens_per_second` leave compilation out, `total_seconds` has it in. The rate counts
-    the tokens after each row's first over the time after the first.
+    `first_token_seconds` and `decode_tokens_per_second` leave compilation out, `total_seconds` has it in. The rate
+    counts the tokens after each row's first over the time after the first.
     `bytes_per_step` is what one decode step must read: all weights once, and the cache as far as it is filled at the
     end; `bandwidth` is that over the time of a step, in bytes per second. `peak_bytes` is the device's peak memory,
     on CPU the process's.
@@ -281,7 +281,7 @@ def load_and_generate(model: str | os.PathLike[str], prompt: Prompt, **options: 
 
 def use_compilation_cache() -> None:
     """Keep compiled steps on disk, unless the user has chosen a place with JAX's own setting."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(hub.cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

@@ -40,11 +40,11 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
 
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
-    if not args.quiet:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logging.getLogger("jaxsvd").addHandler(handler)
-        logging.getLogger("jaxsvd").setLevel(logging.INFO)
+    logger, handler = logging.getLogger("jaxsvd"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.CRITICAL if args.quiet else logging.INFO)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         args.command(args)
         sys.stdout.flush()
@@ -56,6 +56,8 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    finally:
+        logger.removeHandler(handler)
     return 0
 
 
@@ -70,7 +72,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--prompt", action="append", default=[], help="a prompt, or - for stdin; repeatable")
     parser.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a file that is one prompt")
     style = parser.add_mutually_exclusive_group()
-    style.add_argument("--chat", action="store_true", default=None, help="use the model's chat template (if it has one)")
+    style.add_argument("--chat", action="store_true", default=None, help="use the chat template (default)")
     style.add_argument("--raw", action="store_false", dest="chat", help="continue the prompt as plain text")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
@@ -153,7 +155,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 def _compress_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="the dense model: a registry name, a Hub id or a folder")
     parser.add_argument("target", type=Path, help="the folder to write")
-    parser.add_argument("--keep", type=float, default=0.8, help="the fraction of each matrix's parameters to keep (0.8)")
+    parser.add_argument("--keep", type=float, default=0.8, help="the part of each matrix's parameters to keep")
     parser.add_argument("--calibration", action="append", default=[], metavar="FILE", help="UTF-8 text; repeatable")
     parser.add_argument("--tokens", type=int, metavar="N", help="how many tokens of it to use")
     parser.add_argument("--rank-multiple", type=int, metavar="N", help="ranks are multiples of N (128; 16 if narrow)")
@@ -163,8 +165,8 @@ def _compress_arguments(parser: argparse.ArgumentParser) -> None:
 
 def compress(args: argparse.Namespace) -> None:
     """Write a low-rank copy of a dense model."""
-    from jaxsvd.compress import DEFAULT_TOKENS
-    from jaxsvd.compress import compress as run_compress
+    from jaxsvd.compression import DEFAULT_TOKENS
+    from jaxsvd.compression import compress as run_compress
 
     report = run_compress(
         args.source,
@@ -190,3 +192,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], Any], Callable[[ar
     "generate": (_generate_arguments, generate),
     "compress": (_compress_arguments, compress),
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,7 +33,7 @@ def local_copy(name: str) -> Path:
     return cache_folder() / "models" / name
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | os.PathLike[str]) -> Path:
     """The folder of a registry name, a Hub id or a folder; what is not here is downloaded from the Hub.
 
     Raises ModelError that says what was not found and what to do.

@@ -6,6 +6,7 @@ import torch
 import jaxsvd
 
 NEW_TOKENS = 64
+END = 2  # of generation_config.json; it is the padding too
 # Texts, questions, lists, code and a chat, of very different lengths.
 PROMPTS = [
     "Gravity is",
@@ -28,18 +29,21 @@ def lm(smollm):
 
 @pytest.fixture(scope="module")
 def expected(smollm, lm):
-    """What transformers generates for each prompt alone, the token that ended it included."""
+    """What transformers generates for each prompt, the token that ended it included.
+
+    It takes all prompts as one batch, padded on the left, which is four times faster than one by one.
+    """
     import transformers
 
     torch.set_num_threads(2)
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32).eval()
-    tokens = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([lm.encode(prompt)])
-        with torch.no_grad():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS)
-        tokens.append(out[0, ids.shape[1] :].tolist())
-    return tokens
+    prompts = [lm.encode(prompt) for prompt in PROMPTS]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[END] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.no_grad():
+        rows = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS)[:, width:].tolist()
+    return [row[: row.index(END) + 1] if END in row else row for row in rows]
 
 
 def check(completion, expected):

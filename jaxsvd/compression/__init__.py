@@ -12,8 +12,8 @@ from jaxsvd import hub
 from jaxsvd.checkpoint.files import TensorFiles
 from jaxsvd.checkpoint.read import Checkpoint
 from jaxsvd.checkpoint.write import TensorWriter, atomic_folder, copy_companions, write_json
-from jaxsvd.compress.calibrate import DEFAULT_TOKENS, calibration_windows, input_moments
-from jaxsvd.compress.svd import whitened_factors
+from jaxsvd.compression.calibrate import DEFAULT_TOKENS, calibration_windows, input_moments
+from jaxsvd.compression.svd import whitened_factors
 from jaxsvd.errors import UsageError
 from jaxsvd.weights import uniform_ranks
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxsvd.cache import empty_cache
 from jaxsvd.checkpoint.read import Checkpoint
-from jaxsvd.compress.svd import Moment
+from jaxsvd.compression.svd import Moment
 from jaxsvd.errors import UsageError
 from jaxsvd.kernels.xla import XLA, GroupPlan
 from jaxsvd.tokenizer import Tokenizer
@@ -72,9 +72,7 @@ def _spread(text: str, count: int, length: int) -> list[str]:
     return [text[start : start + length] for start in starts]
 
 
-def input_moments(
-    checkpoint: Checkpoint, windows: np.ndarray, progress: Callable[[int], object]
-) -> dict[str, Moment]:
+def input_moments(checkpoint: Checkpoint, windows: np.ndarray, progress: Callable[[int], object]) -> dict[str, Moment]:
     """The moment of every projection's inputs by its path; `progress` is told of each layer of each batch."""
     recorder = Recorder("cpu")
     model: Any = checkpoint.load(recorder, jnp.float32)
