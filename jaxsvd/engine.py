@@ -7,7 +7,7 @@ costs 48.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,7 +79,8 @@ class Engine:
 
         Returns float32 logits of each row's last token (batch, vocab), or of `every` one (batch, bucket, vocab).
         """
-        cache = empty_cache(self.config, *tokens.shape, self.dtype)
+        batch, bucket = tokens.shape
+        cache = empty_cache(self.config, batch, bucket, self.dtype)
         return self._prefill(leaves, tokens, lengths, cache, jnp.int32(0), every)
 
     def grow(self, cache: KVCache, *, capacity: int) -> KVCache:
@@ -152,13 +153,11 @@ class Engine:
             token, seen = sample(model.logits(hidden[:, 0]), sampler, lengths, seen, mode)
             return (KVCache(cache.keys, cache.values, lengths), token, seen), token
 
-        carry = (cache, token, seen)
         if steps == 1:
-            carry, tokens = step(carry, None)
-            tokens = tokens[None]
-        else:
-            carry, tokens = lax.scan(step, carry, length=steps)
-        return tokens.T, *carry
+            (cache, token, seen), tokens = step((cache, token, seen), None)
+            return tokens[:, None], cache, token, seen
+        (cache, token, seen), tokens = lax.scan(step, (cache, token, seen), length=steps)
+        return tokens.T, cache, token, seen
 
     # What the host does.
 
@@ -174,7 +173,7 @@ class Engine:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[SamplingParams], max_new_tokens: int
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         """Yield blocks of new tokens, int32 (batch, n), up to `max_new_tokens` a row in all; the first block is one.
 
         The caller decides which rows have ended, and stops by closing the iterator. Raises UsageError for prompts that
@@ -185,10 +184,10 @@ class Engine:
         lengths = self._check(prompts, max_new_tokens)
         mode, sampler = mode_of(rows), sampler_of(rows)
         seen = self._seen(prompts) if mode.penalties else None
-        cache = logits = None
-        for start, chunk, cache in self._chunks(prompts, lengths, max_new_tokens):
-            inside = (lengths > start)[:, None]
-            logits = chunk if logits is None else self._run("select", _where, (inside, chunk, logits))
+        chunks = self._chunks(prompts, lengths, max_new_tokens)
+        _, logits, cache = next(chunks)
+        for start, chunk, cache in chunks:  # noqa: B007 (the last cache is the one that counts)
+            logits = self._run("select", _where, ((lengths > start)[:, None], chunk, logits))
         token, seen = self._run("first token", self.first, (logits, sampler, lengths, seen), donate=(3,), mode=mode)
         yield _checked(token[:, None])
         # One block is always under way while the host looks at the one before it.

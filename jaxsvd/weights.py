@@ -70,7 +70,7 @@ class AbstractWeights:
 
 
 class RandomWeights(AbstractWeights):
-    """Random values of a scale that keeps activations near one. Each tensor's values depend on its name and the seed."""
+    """Random values of a scale that keeps activations near one; a tensor's depend on its name and the seed alone."""
 
     def __init__(self, dtype: Any = np.float32, ranks: Ranks | None = None, seed: int = 0) -> None:
         super().__init__(dtype, ranks)

@@ -34,7 +34,7 @@ def write_folder(folder: Path, tensors: Mapping[str, np.ndarray], config: dict, 
     """Write a model folder; with several shards, an index as well."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    contiguous = {name: np.array(array, order="C") for name, array in tensors.items()}
     if shards == 1:
         save_file(contiguous, folder / "model.safetensors")
         return folder

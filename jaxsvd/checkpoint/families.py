@@ -56,7 +56,7 @@ def find(entries: Mapping[str, Entry], path: str, inputs: int, outputs: int, bia
         down, up = (f"{template.format(path=path, stem=stem)}.weight" for template in (layout.down, layout.up))
         if down in entries or up in entries:
             candidates.append(Stored(down=down, up=up))
-    names = {name for stored in candidates for name in stored[:3] if name in entries}
+    names = {name for stored in candidates for name in stored[:3] if name and name in entries}
     problems = []
     if not candidates:
         problems.append(f"missing: {path}.weight ({outputs}, {inputs}), dense or factored")

@@ -80,7 +80,8 @@ def input_moments(checkpoint: Checkpoint, windows: np.ndarray, progress: Callabl
     sums: list[np.ndarray] = []
     for batch in np.array_split(windows, max(1, len(windows) // 8)):
         recorder.totals.clear()
-        model(jnp.asarray(batch), empty_cache(checkpoint.config, *batch.shape, jnp.dtype("float32")), jnp.int32(0))
+        cache = empty_cache(checkpoint.config, len(batch), batch.shape[1], jnp.dtype("float32"))
+        model(jnp.asarray(batch), cache, jnp.int32(0))
         sums = [a + b for a, b in zip(sums, recorder.totals, strict=True)] if sums else list(recorder.totals)
         progress(1)
     moments = [Moment(total, windows.size) for total in sums]

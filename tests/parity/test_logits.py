@@ -18,6 +18,7 @@ from jaxsvd.kernels import Dense, Factored
 
 VOCAB = 128
 LAYOUTS = ("svd-llm", "svd-llm-hf")
+torch.set_num_threads(1)  # nothing here is worth two
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def expected(smollm, lm):
     """
     import transformers
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # its threads wait in a spin: ten times slower where another process wants the core
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32).eval()
     prompts = [lm.encode(prompt) for prompt in PROMPTS]
     width = max(map(len, prompts))
