@@ -1,7 +1,6 @@
 """What config.json says of a model, checked: the only reader of its keys."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ class ModelConfig:
     def from_hf(cls, raw: _Json) -> "ModelConfig":
         """Read the fields of a transformers 4 or 5 config.json. Raises ModelError that names the field at fault."""
         model_type = raw.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise ModelError(
                 f"config.json has model_type {model_type!r}: jaxsvd runs {', '.join(sorted(ARCHITECTURES))}"
             )
@@ -122,15 +121,16 @@ def _integer(raw: _Json, name: str, default: int | None = None) -> int:
     value = raw.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise ModelError(f"config.json has {name} = {value!r}: expected a positive integer")
+        raise ModelError(f"config.json has {name} = {str(value)[:40]}: expected a positive integer")
     return value
 
 
 def _number(raw: _Json, name: str, default: float | None = None) -> float:
     value = raw.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ModelError(f"config.json has {name} = {value!r}: expected a positive number")
+    # float32 must hold it, and what is computed from it.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-15 <= value <= 1e15:
+        raise ModelError(f"config.json has {name} = {str(value)[:40]}: expected a positive number")
     return float(value)
 
 

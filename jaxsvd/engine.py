@@ -169,6 +169,8 @@ class Engine:
             width = min(logits.shape[1], result.shape[1] - start)
             result[:, start : start + width] = logits[:, :width]
         result[np.arange(result.shape[1]) >= lengths[:, None]] = 0
+        if np.isnan(result).any():
+            raise _not_finite()
         return result
 
     def generate(
@@ -293,7 +295,11 @@ def _checked(tokens: Any) -> np.ndarray:
     """Tokens on the host. Logits that are not numbers mean broken weights or a dtype that is too small."""
     host = np.asarray(tokens)
     if (host == NOT_FINITE).any():
-        raise JaxsvdError(
-            "the model's logits are not numbers: the weights are damaged, or too large for this dtype (try float32)"
-        )
+        raise _not_finite()
     return host
+
+
+def _not_finite() -> JaxsvdError:
+    return JaxsvdError(
+        "the model's logits are not numbers: the weights are damaged, or too large for this dtype (try float32)"
+    )

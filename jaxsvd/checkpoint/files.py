@@ -37,6 +37,7 @@ class TensorFiles:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         self.problems: list[str] = []  # for the one report of all that is wrong
+        self._weight_map: dict[str, str] = {}
         self._files = {path: _open(path) for path in self._paths()}
         for path, file in self._files.items():
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -45,6 +46,10 @@ class TensorFiles:
                     continue
                 piece = file.get_slice(name)
                 self.entries[name] = Entry(path, piece.get_dtype(), tuple(piece.get_shape()))
+        for name, shard in self._weight_map.items():
+            found = self.entries[name].file.name if name in self.entries else "no shard"
+            if found != shard:
+                self.problems.append(f"misplaced: {name} is in {found}, the index says {shard}")
 
     @property
     def parameters(self) -> int:
@@ -73,6 +78,7 @@ class TensorFiles:
             raise ModelError(f"{self.folder / INDEX} names files outside its folder ({outside[0]}): refused")
         if missing := [name for name in shards if not (self.folder / name).exists()]:
             raise ModelError(f"{self.folder} lacks {_some(missing)}, which its index lists: download the folder again")
+        self._weight_map = weight_map
         self._weight_map = weight_map
         return [self.folder / name for name in shards]
 

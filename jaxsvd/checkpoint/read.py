@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from jaxsvd.checkpoint.families import Stored, find, listing
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from jaxsvd.models.llama import Llama
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_LAYER_TENSORS = 9  # the least number of tensors that a layer has
 
 
 class Checkpoint:
@@ -36,7 +36,7 @@ class Checkpoint:
         config = ModelConfig.from_hf(self.raw)
         tied = config.tied if config.tied is not None else _HEAD not in entries
         self.config = dataclasses.replace(config, tied=tied)
-        if config.num_layers * _LAYER_TENSORS > len(entries):
+        if config.num_layers > len(entries):  # a guard: what follows names every tensor of every layer
             raise ModelError(
                 f"{self.folder} has {len(entries)} tensors: too few for the {config.num_layers} layers "
                 "(num_hidden_layers) of its config.json"
@@ -119,8 +119,11 @@ class CheckpointWeights:
             return array
         with np.errstate(over="ignore"):
             cast = array.astype(self.dtype)
-        if self.dtype.itemsize < array.dtype.itemsize and not np.isfinite(cast).all():
-            raise ModelError(f"{name} has values too large for {self.dtype}: load it as float32 or bfloat16")
+        if ml_dtypes.finfo(self.dtype).max < ml_dtypes.finfo(array.dtype).max and not np.isfinite(cast).all():
+            raise ModelError(
+                f"{name} of {self._checkpoint.folder} has values too large for {self.dtype}: "
+                "load it as float32 or bfloat16"
+            )
         return cast
 
     def array(self, name: str, *shape: int) -> np.ndarray:
@@ -136,7 +139,11 @@ class CheckpointWeights:
         assert stored.down and stored.up and stored.rank
         down, up = self._read(stored.down), self._read(stored.up)
         if stored.rank >= break_even(inputs, outputs):
-            return Dense(self._cast(up.astype(np.float32) @ down.astype(np.float32), path).T), offset
+            with np.errstate(over="ignore", invalid="ignore"):
+                product = up.astype(np.float32) @ down.astype(np.float32)
+            if not np.isfinite(product).all():
+                raise ModelError(f"the factors of {path} in {self._checkpoint.folder} overflow when multiplied")
+            return Dense(self._cast(product, path).T), offset
         return Factored(self._cast(down, stored.down).T, self._cast(up, stored.up).T), offset
 
 

@@ -271,6 +271,18 @@ def test_a_tensor_in_two_shards(tensors, config, tmp_path):
     assert f"duplicate: {twice} is in model-00001-of-00002.safetensors and {second.name}" in refusal(tmp_path)
 
 
+def test_an_index_that_disagrees_with_the_shards(tensors, config, tmp_path):
+    write_folder(tmp_path, tensors, config, shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    name, shard = next(iter(weight_map.items()))
+    other = next(file for file in weight_map.values() if file != shard)
+    write_index(tmp_path, weight_map | {name: other})
+    assert f"misplaced: {name} is in {shard}, the index says {other}" in refusal(tmp_path)
+    write_index(tmp_path, weight_map | {"model.ghost.weight": shard})
+    assert "model.ghost.weight" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("weight_map", [None, [], 5, {"a": 5}, {"a": None}, {}])
 def test_index_without_sense(tensors, config, weight_map, tmp_path):
     write_folder(tmp_path, tensors, config)

@@ -173,7 +173,7 @@ def test_damaged_copy(whole, damage, seed, tmp_path):
 def edited(name: str, **changes) -> Callable[[bytes], bytes]:
     def edit(weights: bytes) -> bytes:
         header, data = split(weights)
-        header[name] |= changes
+        header[name] = header.get(name, {}) | changes
         return join(header, data)
 
     return edit
