@@ -34,8 +34,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 class Statistics:
     """What a call of `generate` cost: seconds, tokens of all rows together, bytes.
 
-    `first_token_seconds` and `decode_tokens_per_second` leave compilation out, `total_seconds` has it in. The rate
-    counts the tokens after each row's first over the time after the first.
+    `first_token_seconds` leaves compilation out, `total_seconds` has it in. `decode_tokens_per_second` counts the
+    tokens after each row's first over the time after the first.
     `bytes_per_step` is what one decode step must read: all weights once, and the cache as far as it is filled at the
     end; `bandwidth` is that over the time of a step, in bytes per second. `peak_bytes` is the device's peak memory,
     on CPU the process's.
@@ -123,8 +123,7 @@ class LanguageModel:
 
         Unequal rows are right-padded: behind a row's end the logits are zero. Raises UsageError for ids out of range.
         """
-        rows = [_ids(row) for row in token_ids] if len(token_ids) and np.ndim(token_ids[0]) else [_ids(token_ids)]
-        return self.engine.logits(rows)
+        return self.engine.logits([_ids(row) for row in ([token_ids] if _is_one_prompt(token_ids) else token_ids)])
 
     def generate(self, prompts: Any, max_new_tokens: int = 128, stop: str | Sequence[str] = (), **options: Any) -> Any:
         """Continue one prompt (a `Completion`) or a list of them (a list of `Completion`s, in one ragged batch).
@@ -161,7 +160,7 @@ class LanguageModel:
         """The token ids of a prompt of any kind."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if len(prompt) and isinstance(prompt[0], dict):
+        if _is_text(prompt):
             return self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
         return _ids(prompt)
 
@@ -178,9 +177,11 @@ class _Session:
         if not all(isinstance(text, str) and text for text in stops):
             raise UsageError(f"stop is {stop!r}: expected strings that are not empty")
         ends = () if options.pop("ignore_eos", False) else model._ends
-        stop_ids = frozenset(ends) | frozenset(_ids(options.pop("stop_token_ids", ())))
+        stop_ids = frozenset(ends) | frozenset(
+            _ids(options.pop("stop_token_ids", ()), "stop_token_ids: a list of token ids")
+        )
         self._sampling = per_row(len(prompts), **options)
-        needs_text = bool(stops) or any(isinstance(prompt, str) or isinstance(prompt[0], dict) for prompt in prompts)
+        needs_text = bool(stops) or any(map(_is_text, prompts))
         tokenizer = model.tokenizer if needs_text or _has_tokenizer(model.folder) else None
         self._rows = [_Row(tokenizer, stop_ids, stops) for _ in prompts]
         self._compiled_before = len(model.engine.compiled)
@@ -211,15 +212,15 @@ class _Session:
         engine = self._model.engine
         compiled = engine.compiled[self._compiled_before :]
         new = sum(len(row.token_ids) for row in self._rows)
-        total, decode = (sum(item.seconds for item in compiled if kind in item.name) for kind in ("", "decode"))
-        later, seconds = new - len(self._rows), self._end - self._first - decode
+        compiling = sum(item.seconds for item in compiled)  # all of it before the first token is out
+        later, seconds = new - len(self._rows), self._end - self._first
         longest = [len(prompt) + len(row.token_ids) for prompt, row in zip(self._prompts, self._rows, strict=True)]
         step_bytes = engine.step_bytes(sum(longest))
         steps = self._steps - 1
         return Statistics(
             load_seconds=self._model.load_seconds,
-            compile_seconds=total,
-            first_token_seconds=self._first - self._start - (total - decode),
+            compile_seconds=compiling,
+            first_token_seconds=self._first - self._start - compiling,
             total_seconds=self._end - self._start,
             prompt_tokens=sum(map(len, self._prompts)),
             new_tokens=new,
@@ -266,8 +267,9 @@ def load(
     )
     with bar:
         built = checkpoint.load(kernel, chosen, bar.update)
-    steps = steps_per_dispatch or (2 if jax.default_backend() == "cpu" else 8)
-    engine = Engine(built, steps_per_dispatch=steps)
+    if steps_per_dispatch is None:
+        steps_per_dispatch = 2 if jax.default_backend() == "cpu" else 8
+    engine = Engine(built, steps_per_dispatch=steps_per_dispatch)
     jax.block_until_ready(engine.leaves)
     return LanguageModel(folder, checkpoint.config, engine, ends, time.perf_counter() - start)
 
@@ -298,23 +300,28 @@ def _dtype(dtype: Any) -> Any:
     return DTYPES[name]
 
 
-def _ids(tokens: Any) -> list[int]:
-    array = np.asarray(tokens)
+def _is_text(prompt: Prompt) -> bool:
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))
+
+
+def _ids(tokens: Any, what: str = "a prompt: a string, chat messages or a list of token ids") -> list[int]:
+    try:
+        array = np.asarray(tokens)
+    except ValueError:  # rows of unequal length
+        array = np.empty((), object)
     if array.size == 0:
         return []
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise UsageError(f"{str(tokens)[:60]!r} is no prompt: expected a string, chat messages or a list of token ids")
+        raise UsageError(f"found {str(tokens)[:60]!r}, expected {what}")
     return array.tolist()
 
 
 def _is_one_prompt(prompts: Any) -> bool:
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or getattr(prompts, "ndim", None) == 1:
         return True
     if not hasattr(prompts, "__len__") or isinstance(prompts, dict):
         raise UsageError("prompts must be a string, chat messages or token ids, or a list of these")
-    return len(prompts) > 0 and (
-        isinstance(prompts[0], dict) or (np.ndim(prompts[0]) == 0 and not isinstance(prompts[0], str))
-    )
+    return len(prompts) > 0 and isinstance(prompts[0], dict | int | float | np.number)
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -167,7 +167,7 @@ class Engine:
         result = np.zeros((len(prompts), lengths.max(), self.config.vocab_size), np.float32)
         for start, logits, _ in self._chunks(prompts, lengths, 0, every=True):
             width = min(logits.shape[1], result.shape[1] - start)
-            result[:, start : start + width] = logits[:, :width]
+            result[:, start : start + width] = np.asarray(logits)[:, :width]
         result[np.arange(result.shape[1]) >= lengths[:, None]] = 0
         if np.isnan(result).any():
             raise _not_finite()
@@ -191,21 +191,17 @@ class Engine:
         for start, chunk, cache in chunks:  # noqa: B007 (the last cache is the one that counts)
             logits = self._run("select", _where, ((lengths > start)[:, None], chunk, logits))
         token, seen = self._run("first token", self.first, (logits, sampler, lengths, seen), donate=(3,), mode=mode)
-        yield _checked(token[:, None])
-        # One block is always under way while the host looks at the one before it.
-        block, left = None, max_new_tokens - 1
-        while block is not None or left > 0:
-            ahead = None
+        # One block is always under way while the caller looks at the one before it.
+        block, width, left = token, 1, max_new_tokens - 1
+        while block is not None:
+            ahead, steps = None, self.steps_per_dispatch
             if left > 0:
-                steps = self.steps_per_dispatch
-                args = (self.leaves, cache, token, seen, sampler)
                 label = f"decode of {steps} tokens, cache {cache.capacity}"
+                args = (self.leaves, cache, token, seen, sampler)
                 ahead, cache, token, seen = self._run(label, self.decode, args, (1, 3), steps=steps, mode=mode)
-                ahead = ahead[:, :left] if steps > left else ahead
-                left -= steps
-            if block is not None:
-                yield _checked(block)
-            block = ahead
+            # Slicing on the host: on the device it would compile, once for each shape.
+            yield _checked(np.asarray(block).reshape(len(prompts), -1)[:, :width])
+            block, width, left = ahead, min(steps, left), left - steps
 
     def step_bytes(self, cached: int) -> int:
         """The bytes that a decode step must read: the weights, and keys and values of `cached` tokens of all rows.
@@ -291,12 +287,11 @@ def _where(inside: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(inside, new, old)
 
 
-def _checked(tokens: Any) -> np.ndarray:
-    """Tokens on the host. Logits that are not numbers mean broken weights or a dtype that is too small."""
-    host = np.asarray(tokens)
-    if (host == NOT_FINITE).any():
+def _checked(tokens: np.ndarray) -> np.ndarray:
+    """The tokens, all real. Logits that are not numbers mean broken weights or a dtype that is too small."""
+    if (tokens == NOT_FINITE).any():
         raise _not_finite()
-    return host
+    return tokens
 
 
 def _not_finite() -> JaxsvdError:

@@ -24,7 +24,9 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (…, width) to the same shape and dtype."""
         wide = x.astype(jnp.float32)
-        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        # Without the guard an overflow would become zeros, and damaged weights plausible nonsense.
+        wide = wide * jnp.where(mean < jnp.inf, lax.rsqrt(mean + self.eps), jnp.nan)
         return wide.astype(x.dtype) * self.weight[...]
 
 

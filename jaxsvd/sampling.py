@@ -7,7 +7,7 @@ the threshold above which lie k tokens, or a probability of p. Sorting 150 000 l
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxsvd.errors import UsageError
 
 PROMPT, GENERATED = 1, 2  # bits of `seen`: where a token has occurred
 NOT_FINITE = -1  # the token that stands for logits that are not numbers
+_MOST = 1e30  # float32 holds it, and what is computed from it
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, fine, wanted in (
-            ("temperature", 0 <= self.temperature < float("inf"), "a number of at least 0"),
-            ("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "an integer of at least 0 (0: off)"),
+            ("temperature", 0 <= self.temperature <= _MOST, "a number of at least 0"),
+            ("top_k", 0 <= self.top_k < 2**31 and self.top_k == int(self.top_k), "an integer of at least 0 (0: off)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "a number above 0 (1: off)"),
-            ("presence_penalty", abs(self.presence_penalty) < float("inf"), "a finite number"),
-            ("seed", 0 <= self.seed < 2**64, "an integer from 0 to 2**64 - 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= _MOST, "a number above 0 (1: off)"),
+            ("presence_penalty", abs(self.presence_penalty) <= _MOST, "a finite number"),
+            ("seed", 0 <= self.seed < 2**64 and self.seed == int(self.seed), "an integer from 0 to 2**64 - 1"),
         ):
             if not fine:
                 raise UsageError(f"{name} is {getattr(self, name)}: expected {wanted}")
@@ -60,17 +61,17 @@ class SamplingParams:
 def per_row(batch: int, **options: float | Sequence[float]) -> list[SamplingParams]:
     """One SamplingParams per row, from options that are one value for all rows or a sequence with one each."""
     known = [field.name for field in fields(SamplingParams)]
-    rows: list[dict[str, float]] = [{} for _ in range(batch)]
+    rows: list[dict[str, Any]] = [{} for _ in range(batch)]
     for name, value in options.items():
         if name not in known:
             raise UsageError(f"there is no option {name!r}: sampling has {', '.join(known)}")
-        values = list(value) if isinstance(value, Sequence | np.ndarray) else [value] * batch
+        values = [value] * batch if np.ndim(value) == 0 else list(value)  # type: ignore[arg-type]
         if len(values) != batch:
             raise UsageError(f"{name} has {len(values)} values for {batch} prompts: give one, or one per prompt")
         for row, item in zip(rows, values, strict=True):
             row[name] = item
     try:
-        return [SamplingParams(**row) for row in rows]  # type: ignore[arg-type]
+        return [SamplingParams(**row) for row in rows]
     except TypeError:
         raise UsageError(f"sampling options must be numbers: found {options}") from None
 
@@ -161,8 +162,8 @@ def _penalise(logits: jax.Array, sampler: Sampler, seen: jax.Array) -> jax.Array
 def _truncate(logits: jax.Array, sampler: Sampler) -> jax.Array:
     """Temperature, then -inf for the tokens that top-k, top-p and min-p leave out."""
     greedy = sampler.temperature == 0
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)  # before dividing, which may overflow
     logits = logits / jnp.where(greedy, 1, sampler.temperature)[:, None]
-    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     vocab = logits.shape[-1]
     keys = _ordered(logits)
     top_k = jnp.where((sampler.top_k > 0) & (sampler.top_k < vocab), sampler.top_k, vocab)
@@ -172,6 +173,7 @@ def _truncate(logits: jax.Array, sampler: Sampler) -> jax.Array:
     nucleus = keys >= _threshold(keys, mass, reach)[:, None]
     kept &= nucleus | (sampler.top_p >= 1)[:, None]
     kept &= logits >= jnp.log(sampler.min_p)[:, None]
+    kept |= logits >= 0  # the likeliest, however small top_p is
     return jnp.where(kept, logits, -jnp.inf)
 
 

@@ -1,5 +1,6 @@
 """Text to token ids and back: the only place that imports transformers."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ class Tokenizer:
     """The tokenizer of a model folder. Raises ModelError where the folder has none that works."""
 
     def __init__(self, folder: Path) -> None:
-        # Without torch, which jaxsvd never needs, transformers warns at import that it is missing.
+        # Without torch, which jaxsvd never needs, transformers advises at import to install it.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()
-        from transformers import AutoTokenizer
 
         try:
             self._inner: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -61,13 +63,14 @@ class Tokenizer:
 class TextStream:
     """Text as its tokens come: pieces that join to the whole text, never half a character.
 
-    Two windows of ids are decoded, one with and one without the newest; what they differ in is new. It holds for any
-    tokenizer whose text depends on the neighbouring token only, and survives bytes that are not UTF-8.
+    A window of ids is decoded with and without the newest; what they differ in is new. The window begins with the
+    tokens of the piece before: the text of a token may depend on its neighbour, and byte tokens are judged in runs.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
+        self._old = 0  # so many of them belong to the piece before
         self._shown = ""
 
     def push(self, token: int) -> str:
@@ -78,20 +81,20 @@ class TextStream:
             return ""
         piece, self._shown = text[len(self._shown) :], text
         if piece:
-            # The newest token stays: the next one's text may depend on it.
-            self._ids = [token]
+            self._ids = self._ids[self._old :]
+            self._old = len(self._ids)
             self._shown = self._tokenizer.decode(self._ids)
         return piece
 
     def flush(self) -> str:
         """What is left when no more tokens come, incomplete bytes as U+FFFD."""
         text = self._tokenizer.decode(self._ids)
-        piece, self._ids, self._shown = text[len(self._shown) :], [], ""
+        piece, self._ids, self._old, self._shown = text[len(self._shown) :], [], 0, ""
         return piece
 
 
 class StopMatcher:
-    """Cuts text at the first of several stop strings, holding back what may be the beginning of one."""
+    """Cuts text at the stop string that is complete first, holding back what may be the beginning of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -103,10 +106,10 @@ class StopMatcher:
         if self.stopped:
             return ""
         self._held += piece
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._held[: min(found)]
+            return self._held[: min(found)[1]]
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         shown = self._held[: len(self._held) - keep]
         self._held = self._held[len(shown) :]
