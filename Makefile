@@ -18,6 +18,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.test
+	@$(BIN)/python -m jaxsvd.demo
 	@$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.test

@@ -173,3 +173,7 @@ def _write_tokenizer(fields: dict[str, Any], target: Path) -> None:
         "chat_template": fields["tokenizer.chat_template"],
     }
     (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":  # before tests that run side by side
+    _say(f"the demo model is in {get_demo_model()}, its text in {get_speeches(1950, 1999).parent}")

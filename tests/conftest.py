@@ -83,10 +83,12 @@ def smollm() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_compilation_cache(tmp_path_factory):
-    """The tests neither use nor fill the user's compilation cache."""
+    """The tests neither use nor fill the user's compilation cache. Many engines of one shape share what one compiled."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture
