@@ -83,7 +83,7 @@ def smollm() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_compilation_cache(tmp_path_factory):
-    """The tests neither use nor fill the user's compilation cache. Many engines of one shape share what one compiled."""
+    """Neither use nor fill the user's compilation cache; engines of one shape share what the first compiled."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
