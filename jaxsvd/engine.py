@@ -276,6 +276,7 @@ class Engine:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(own))
         key = (step.__name__, shapes, tuple(static.items()))
         if key not in self._steps:
+            jax.block_until_ready(own)  # or the time of compiling would hide that of the step before
             start = time.perf_counter()
             self._steps[key] = jax.jit(partial(step, **static), donate_argnums=donate).lower(*args).compile()
             self.compiled.append(Compiled(label, time.perf_counter() - start))
