@@ -1,6 +1,8 @@
 """What config.json says of a model, checked: the only reader of its keys."""
 
+import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,12 @@ class ModelConfig:
     tied: bool | None  # None: config.json does not say, so the presence of lm_head.weight decides
     attention_bias: bool = False
     mlp_bias: bool = False
+    mlp_widths: tuple[tuple[int, int], ...] = ()  # (layer, width) of the MLPs that differ from intermediate_size
+
+    def of_layer(self, index: int) -> "ModelConfig":
+        """The config as layer `index` has it."""
+        width = dict(self.mlp_widths).get(index)
+        return dataclasses.replace(self, intermediate_size=width) if width else self
 
     @classmethod
     def from_hf(cls, raw: _Json) -> "ModelConfig":
@@ -81,6 +89,7 @@ class ModelConfig:
             tied=_boolean(raw, "tie_word_embeddings", None),
             attention_bias=bool(_boolean(raw, "attention_bias", False)),
             mlp_bias=bool(_boolean(raw, "mlp_bias", False)),
+            mlp_widths=_mlp_widths(raw),
         )
 
 
@@ -115,6 +124,20 @@ def _rope(raw: _Json) -> Rope:
             raise ModelError("config.json has a rope high_freq_factor that is not above low_freq_factor")
         return rope
     raise ModelError(f"config.json has rope type {kind!r}: jaxsvd has default, linear and llama3")
+
+
+def _mlp_widths(raw: _Json) -> tuple[tuple[int, int], ...]:
+    """A compressed model may have narrower MLPs: `low_rank.widths`, {"model.layers.0.mlp": 1024}."""
+    entry = raw.get("low_rank")
+    stated = entry.get("widths") if isinstance(entry, dict) else None
+    if stated is None:
+        return ()
+    stated = stated if isinstance(stated, dict) else {"": stated}
+    matches = [re.fullmatch(r"model\.layers\.(\d{1,9})\.mlp", path) for path in stated]
+    layers = [int(match[1]) for match in matches if match]
+    if len(layers) < len(stated) or any(layer >= _integer(raw, "num_hidden_layers") for layer in layers):
+        raise ModelError('config.json has low_rank.widths that are not of its MLPs, as {"model.layers.0.mlp": 1024}')
+    return tuple(sorted((layer, _integer(stated, f"model.layers.{layer}.mlp")) for layer in layers))
 
 
 def _integer(raw: _Json, name: str, default: int | None = None) -> int:

@@ -59,11 +59,12 @@ class TensorFiles:
     @property
     def nbytes(self) -> int:
         """The bytes of all tensors of the dtypes that can be read."""
-        return sum(
-            math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
-            for entry in self.entries.values()
-            if entry.dtype in _DTYPES
-        )
+        return sum(math.prod(entry.shape) * self.itemsize(name) for name, entry in self.entries.items())
+
+    def itemsize(self, name: str) -> int:
+        """The bytes of an element; 0 of a dtype that can't be read."""
+        dtype = _DTYPES.get(self.entries[name].dtype)
+        return dtype.itemsize if dtype else 0
 
     def _paths(self) -> list[Path]:
         if not (self.folder / INDEX).exists():

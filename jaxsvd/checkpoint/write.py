@@ -18,16 +18,21 @@ SHARD_BYTES = 5 * 10**9
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 
 
-@contextmanager
-def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes when not.
-
-    Raises UsageError where `target` exists and `force` is not given.
-    """
+def check_target(target: Path, force: bool = False) -> None:
+    """Raises UsageError where `target` exists and `force` is not given, or it is no model folder."""
     if target.exists() and not force:
         raise UsageError(f"{target} exists: choose another target, or replace it with --force (force=True)")
     if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
         raise UsageError(f"{target} is not a model folder: it will not be replaced; choose another target")
+
+
+@contextmanager
+def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes when not.
+
+    Raises UsageError as `check_target` does.
+    """
+    check_target(target, force)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -57,6 +62,14 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """One safetensors file. safetensors writes memory as it lies, so views are made contiguous first."""
+    from safetensors.numpy import save_file
+
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+
+
 class TensorWriter:
     """Collects tensors and writes them in shards of at most 5 GB, with an index where there are several."""
 
@@ -71,13 +84,11 @@ class TensorWriter:
         """Add one tensor, stored as (out, in) where it is a matrix."""
         if self._pending and self._pending_bytes + array.nbytes > SHARD_BYTES:
             self._flush()
-        self._pending[name] = np.ascontiguousarray(array)
+        self._pending[name] = array
         self._pending_bytes += array.nbytes
 
     def _flush(self) -> None:
-        from safetensors.numpy import save_file
-
-        save_file(self._pending, self._folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+        save_tensors(self._pending, self._folder / f"shard-{len(self._shards)}")
         self._shards.append(list(self._pending))
         self._total += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

@@ -1,34 +1,60 @@
 """Compressing a dense model folder into a low-rank one."""
 
+import dataclasses
 import hashlib
+import json
+import logging
+import resource
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from jaxsvd import hub
-from jaxsvd.checkpoint.files import TensorFiles
 from jaxsvd.checkpoint.read import Checkpoint
-from jaxsvd.checkpoint.write import TensorWriter, atomic_folder, copy_companions, write_json
-from jaxsvd.compression.calibrate import DEFAULT_TOKENS, calibration_windows, input_moments
-from jaxsvd.compression.svd import whitened_factors
+from jaxsvd.checkpoint.write import atomic_folder, check_target, copy_companions, write_json
+from jaxsvd.compression.analysis import Analysis
+from jaxsvd.compression.emit import Kept, digest, kept, planned, shapes, write_tensors
+from jaxsvd.compression.options import Options
+from jaxsvd.compression.plan import Cost, Plan, global_plan, parameters, rank_options, uniform_plan, width_options
+from jaxsvd.compression.refit import Refit
+from jaxsvd.compression.report import check_picture, draw
+from jaxsvd.compression.text import DEFAULT_TOKENS, WINDOW, calibration_windows
+from jaxsvd.compression.workspace import Arrays, Workspace
 from jaxsvd.errors import UsageError
-from jaxsvd.weights import uniform_ranks
+
+logger = logging.getLogger("jaxsvd")
 
 FORMAT_VERSION = 1
 
 
 class Report(NamedTuple):
-    """What `compress` made: the target, and the fractions kept of the projections, of all parameters and of bytes."""
+    """What `compress` made, or with `dry_run` would make.
+
+    Attributes:
+        target: the folder.
+        plan: ranks and widths by path, and the predicted loss in nats per token.
+        keep_linears: the fraction kept of the parameters of all projections.
+        keep_parameters: of all parameters.
+        keep_bytes: of all bytes.
+        matrices: how many projections the model has.
+        seconds: how long it took.
+        peak_bytes: the process's peak memory.
+    """
 
     target: Path
+    plan: Plan
     keep_linears: float
     keep_parameters: float
     keep_bytes: float
-    factored: int
     matrices: int
+    seconds: float
+    peak_bytes: int
 
 
 def compress(
@@ -36,98 +62,197 @@ def compress(
     target: str | Path,
     keep: float = 0.8,
     *,
+    method: str = "kfac",
+    allocate: str = "global",
+    refit: bool = False,
+    width: bool = False,
+    only: str = "all",
+    dense_layers: Sequence[int] = (),
     calibration: Sequence[str | Path] = (),
     tokens: int = DEFAULT_TOKENS,
+    gradient_tokens: int | None = None,
+    seed: int = 0,
     rank_multiple: int | None = None,
+    cost: Cost = parameters,
     force: bool = False,
+    resume: bool = False,
+    work: str | Path | None = None,
+    dry_run: bool = False,
+    report: str | Path | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Write a low-rank copy of a dense Llama or Qwen3: an ordinary HF folder with SVD-LLM's tensor names.
 
-    Every projection gets the rank that keeps the fraction `keep` of its parameters, by SVD-LLM's truncation-aware
-    whitening (Wang et al., ICLR 2025); where that rank, rounded, reaches break-even, the matrix stays dense.
+    Calibration text goes through the dense model once, forward and backward, a layer at a time; every matrix is
+    factored once for all ranks; a plan then gives each a rank or leaves it dense. docs/compression.md has the formulas
+    and what each choice costs in perplexity.
 
     Args:
         source: a registry name, a Hub id or a folder; dense.
         target: the folder to write; it appears only when it is complete.
-        keep: the fraction of each matrix's parameters to keep, between 0 and 1.
+        keep: the fraction of the parameters of the selected projections to keep, between 0 and 1.
+        method: how a matrix is factored: kfac, svd-llm, asvd, fwsvd or svd.
+        allocate: "global" spends the budget where it saves most predicted loss and leaves matrices dense where that
+            pays; "uniform" keeps the same of every matrix.
+        refit: fit the factors, and the matrices that stay dense, to what the compressed layers before hand on.
+        width: let the plan narrow MLPs instead of factoring them, where that loses less (global only).
+        only: which projections: "all", "attention" or "mlp".
+        dense_layers: layers to leave as they are.
         calibration: text files that tell which inputs occur; by default English that comes with Python.
         tokens: how many tokens of them to use.
-        rank_multiple: ranks are multiples of it; default 128, and 16 for models narrower than 2048.
-        force: replace `target` if it exists.
-        progress: a progress bar on stderr; by default where stderr is a terminal.
+        gradient_tokens: on how many of these gradients are taken; by default half.
+        seed: where in the texts they begin.
+        rank_multiple: ranks and widths are multiples of it; default 128, and 16 for models narrower than 2048.
+        cost: what the budget is counted in; default: parameters.
+        force: replace `target` if it exists, and unfinished work.
+        resume: go on where an earlier call with the same arguments was interrupted.
+        work: a folder that keeps the analysis, to compress to other keeps without doing it again; by default a hidden
+            one beside the target, removed in the end.
+        dry_run: make the plan and write nothing; the analysis stays, for `resume`.
+        report: a PNG file to draw the plan in.
+        progress: progress bars on stderr; by default where stderr is a terminal.
 
     Raises UsageError for arguments that can't be used, ModelError for a source that can't be loaded.
     """
-    if not 0 < keep < 1:
-        raise UsageError(f"keep is {keep}: expected a fraction between 0 and 1, such as 0.8")
-    if rank_multiple is not None and rank_multiple < 1:
-        raise UsageError(f"rank_multiple is {rank_multiple}: expected at least 1")
+    began = time.perf_counter()
     folder, target = hub.resolve(source), Path(target)
     checkpoint = Checkpoint(folder)
+    multiple = rank_multiple if rank_multiple is not None else 128 if checkpoint.config.hidden_size >= 2048 else 16
+    options = Options(keep, method, allocate, refit, width, only, tuple(dense_layers), multiple, cost)
+    _check_layers(checkpoint, options)
+    if not dry_run:
+        check_target(target, force)
+    if report:
+        check_picture(Path(report))
+    hidden = target.parent / f".{target.name}.work"
+    if hidden.exists() and not (work or resume or force):
+        raise UsageError(
+            f"{hidden} holds unfinished work: go on with --resume (resume=True), "
+            "or start again with --force (force=True)"
+        )
+    windows, chosen = calibration_windows(folder, calibration, tokens, seed=seed)
+    count = max(1, min(len(windows), (tokens // 2 if gradient_tokens is None else gradient_tokens) // WINDOW))
+    gradient_windows = windows[np.arange(count) * len(windows) // count]
+    stamp = _stamp(checkpoint, options) | {"calibration": chosen, "gradient_windows": count}
+    workspace = Workspace(Path(work) if work else hidden, stamp, resume or bool(work))
+    with _Bars(progress) as bars:
+        analysis = Analysis(checkpoint, workspace, options, windows, gradient_windows)
+        analysis.run(bars)
+        plan = make_plan(analysis, options)
+        fractions = kept(checkpoint, plan)
+        if report:
+            draw(Path(report), shapes(checkpoint), plan, _loss_at(analysis) if options.predicts else None)
+        if not dry_run:
+            with atomic_folder(target, force) as partial:
+                results = _refitted(analysis, plan, workspace, bars) if refit else planned(analysis, plan)
+                write_tensors(checkpoint, results, partial, bars("writing", checkpoint.config.num_layers))
+                copy_companions(folder, partial)
+                entry = _entry(str(source), stamp, options, plan, fractions, windows.size)
+                write_json(partial / "config.json", checkpoint.raw | {"low_rank": entry})
+                Checkpoint(partial)  # it must load before it is shown
+    if not work and not dry_run:
+        workspace.remove()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    matrices = len(checkpoint.matrices)
+    return Report(target, plan, *fractions, matrices, time.perf_counter() - began, peak)
+
+
+def make_plan(analysis: Analysis, options: Options) -> Plan:
+    """The plan of an analysis for these options; the keep counts selected projections only."""
+    all_shapes = shapes(analysis.checkpoint)
+    selected = {path: shape for path, shape in all_shapes.items() if options.selects(path)}
+    if not options.predicts:
+        return uniform_plan(selected, options.keep, options.rank_multiple, options.cost)
+    choices, widths = {}, {}
+    for index in range(analysis.checkpoint.config.num_layers):
+        known = analysis.losses(index)
+        paths = [path for path in analysis.paths(index) if path in selected]
+        for path in paths:
+            choices[path] = rank_options(selected[path], known[path], options.rank_multiple, options.cost)
+        mlp = f"model.layers.{index}.mlp"
+        if options.width and mlp in known:
+            narrower = width_options(
+                analysis.checkpoint.config.hidden_size, known[mlp], options.rank_multiple, options.cost
+            )
+            widths[mlp] = [path for path in paths if path.startswith(mlp)], narrower
+    dense_cost = sum(all_[0].cost for all_ in choices.values())
+    return global_plan(choices, widths, options.keep * dense_cost)
+
+
+def _loss_at(analysis: Analysis) -> Callable[[float], float | None]:
+    def predicted(keep: float) -> float | None:
+        try:
+            return make_plan(analysis, dataclasses.replace(analysis.options, keep=keep)).loss
+        except UsageError:  # less than the plan's floor
+            return None
+
+    return predicted
+
+
+def _check_layers(checkpoint: Checkpoint, options: Options) -> None:
     if checkpoint.ranks:
-        raise UsageError(f"{folder} is low-rank already: compress the dense model that it was made from")
-    multiple = rank_multiple or (128 if checkpoint.config.hidden_size >= 2048 else 16)
-    with atomic_folder(target, force) as partial:
-        windows, digest = calibration_windows(folder, calibration, tokens)
-        hidden = None if progress is None else not progress
-        with tqdm(desc="calibrating", unit="batch", file=sys.stderr, disable=hidden) as bar:
-            moments = input_moments(checkpoint, windows, bar.update)
-        with tqdm(desc="factoring", total=len(moments), unit="matrix", file=sys.stderr, disable=hidden) as bar:
-            ranks, base = _write(checkpoint, partial, moments, uniform_ranks(keep, multiple), bar.update)
-        copy_companions(folder, partial)
-        report = _report(checkpoint, TensorFiles(partial), target, ranks)
-        low_rank = {
-            "format_version": FORMAT_VERSION,
-            "method": "svd-llm",
-            "base": {"name": str(source), "digest": base},
-            "calibration": {"tokens": int(windows.size), "digest": digest},
-            "keep": {
-                "asked": keep,
-                "linears": round(report.keep_linears, 6),
-                "parameters": round(report.keep_parameters, 6),
-                "bytes": round(report.keep_bytes, 6),
-            },
-            "ranks": ranks,
-        }
-        write_json(partial / "config.json", checkpoint.raw | {"low_rank": low_rank})
-    return report
+        raise UsageError(f"{checkpoint.folder} is low-rank already: compress the dense model that it was made from")
+    layers = checkpoint.config.num_layers
+    if wrong := [layer for layer in options.dense_layers if not 0 <= layer < layers]:
+        raise UsageError(f"dense_layers has {wrong[0]}: the model has layers 0 to {layers - 1}")
+    if not any(options.selects(path) for path in checkpoint.matrices):
+        raise UsageError("only and dense_layers together leave nothing to compress: choose fewer dense layers")
 
 
-def _write(
-    checkpoint: Checkpoint, partial: Path, moments: dict, rank_of: Any, progress: Any
-) -> tuple[dict[str, int], str]:
-    """Write all tensors, the projections factored; return the ranks, and the digest of the dense weights."""
-    paths = {stored.weight: path for path, stored in checkpoint.matrices.items()}
-    writer, ranks, digest = TensorWriter(partial), {}, hashlib.sha256()
-    for name in sorted(checkpoint.files.entries):
-        array, path = checkpoint.files.read(name), paths.get(name)
-        digest.update(name.encode())
-        digest.update(array.tobytes())
-        rank = rank_of(path, array.shape[1], array.shape[0]) if path else None
-        if path and rank:
-            up, down = whitened_factors(array, moments[path], rank)
-            stem = path.removesuffix("_proj")
-            writer.add(f"{stem}_v_proj.weight", down.astype(array.dtype))
-            writer.add(f"{stem}_u_proj.weight", up.astype(array.dtype))
-            ranks[path] = rank
-        else:
-            writer.add(name, array)
-        if path:
-            progress(1)
-    writer.close()
-    return ranks, digest.hexdigest()
+def _stamp(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
+    """What an analysis depends on, beside its text."""
+    return {
+        "base": digest(checkpoint),
+        "method": options.method,
+        "needs": sorted(options.needs),
+        "predicts": options.predicts,
+        "width": options.width,
+        "only": options.only,
+        "dense_layers": list(options.dense_layers),
+    }
 
 
-def _report(checkpoint: Checkpoint, after: TensorFiles, target: Path, ranks: dict[str, int]) -> Report:
-    before = checkpoint.files
-    shapes = [before.entries[stored.weight].shape for stored in checkpoint.matrices.values() if stored.weight]
-    linears = sum(outputs * inputs for outputs, inputs in shapes)
-    return Report(
-        target,
-        keep_linears=1 - (before.parameters - after.parameters) / linears,
-        keep_parameters=after.parameters / before.parameters,
-        keep_bytes=after.nbytes / before.nbytes,
-        factored=len(ranks),
-        matrices=len(shapes),
-    )
+def _refitted(analysis: Analysis, plan: Plan, workspace: Workspace, bars: "_Bars") -> Callable[[int], Arrays]:
+    # A workspace may serve several plans.
+    name = "refit-" + hashlib.sha256(json.dumps([plan.ranks, plan.widths], sort_keys=True).encode()).hexdigest()[:12]
+    layers, refit = range(analysis.checkpoint.config.num_layers), Refit(analysis, plan)
+    workspace.sequence(name, layers, refit.first, refit.step, bars("refitting", len(layers)))
+    return lambda layer: workspace.load(f"{name}/{layer}")
+
+
+def _entry(
+    source: str, stamp: dict[str, Any], options: Options, plan: Plan, fractions: Kept, tokens: int
+) -> dict[str, Any]:
+    """The `low_rank` entry of the target's config.json."""
+    entry = {
+        "format_version": FORMAT_VERSION,
+        "method": options.method,
+        "allocate": options.allocate,
+        "refit": options.refit,
+        "only": options.only,
+        "base": {"name": source, "digest": stamp["base"]},
+        "calibration": {"tokens": tokens, "digest": stamp["calibration"]},
+        "keep": {"asked": options.keep} | {name: round(value, 6) for name, value in fractions._asdict().items()},
+        "predicted_loss": plan.loss,
+        "ranks": plan.ranks,
+    }
+    return entry | ({"widths": plan.widths} if plan.widths else {})
+
+
+class _Bars:
+    """Progress bars on stderr, one after the other, with the time left."""
+
+    def __init__(self, progress: bool | None) -> None:
+        self._off = None if progress is None else not progress
+        self._open = ExitStack()
+
+    def __call__(self, what: str, count: int) -> Callable[[int], object]:
+        self._open.close()
+        bar = tqdm(desc=what, total=count, unit="layer", file=sys.stderr, disable=self._off)
+        return self._open.enter_context(bar).update
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()

@@ -104,7 +104,7 @@ class Llama(nnx.Module):
         self.config = config
         self.embed_tokens = Embedding(weights, backend, "model.embed_tokens", config.vocab_size, config.hidden_size)
         self.layers = nnx.List(
-            [self.layer(config, weights, backend, f"model.layers.{i}") for i in range(config.num_layers)]
+            [self.layer(config.of_layer(i), weights, backend, f"model.layers.{i}") for i in range(config.num_layers)]
         )
         self.norm = RMSNorm(weights, "model.norm", config.hidden_size, config.rms_norm_eps)
         if not config.tied:

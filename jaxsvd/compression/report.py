@@ -1,0 +1,83 @@
+"""A plan for people: as a table, and as a picture."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxsvd.compression.plan import Plan, Shape
+from jaxsvd.errors import JaxsvdError, UsageError
+
+if TYPE_CHECKING:
+    from jaxsvd.compression import Report
+
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+KEEPS = tuple(percent / 100 for percent in range(40, 100, 5))
+
+
+def paths_of(layer: int) -> list[str]:
+    """The seven projections of a layer, in the order of KINDS."""
+    parts = ["self_attn" if kind in "qkvo" else "mlp" for kind in KINDS]
+    return [f"model.layers.{layer}.{part}.{kind}_proj" for part, kind in zip(parts, KINDS, strict=True)]
+
+
+def table(report: "Report") -> str:
+    """A line per layer: the rank of every projection, `dense`, or the width of a narrowed MLP."""
+    plan = report.plan
+    lines = ["layer " + "".join(f"{kind:>8}" for kind in KINDS)]
+    for layer in range(report.matrices // len(KINDS)):
+        width = plan.widths.get(f"model.layers.{layer}.mlp")
+        cells = [
+            f"w{width}" if width and ".mlp." in path else str(plan.ranks.get(path, "dense")) for path in paths_of(layer)
+        ]
+        lines.append(f"{layer:>5} " + "".join(f"{cell:>8}" for cell in cells))
+    return "\n".join(lines)
+
+
+def check_picture(path: Path) -> None:
+    """Raises UsageError where no picture can be written there, JaxsvdError where matplotlib is missing."""
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"{path} is no picture: expected a name that ends in .png, .pdf or .svg")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} can't be written: there is no folder {path.parent}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise JaxsvdError("drawing needs matplotlib: pip install 'jaxsvd[plot]'") from None
+
+
+def draw(
+    path: Path, shapes: dict[str, Shape], plan: Plan, loss_at: Callable[[float], float | None] | None = None
+) -> None:
+    """Draw what is kept of every projection, by layer, and the predicted loss against keep.
+
+    Args:
+        path: the file to write.
+        shapes: of every projection of the dense model.
+        plan: the plan.
+        loss_at: the predicted loss of the plan for another keep, None where that keep is out of reach.
+    """
+    import matplotlib as mpl
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    layers = len(shapes) // len(KINDS)
+    kept = np.ones((len(KINDS), layers))
+    for layer in range(layers):
+        for row, name in enumerate(paths_of(layer)):
+            inputs, outputs = shapes[name]
+            width = plan.widths.get(f"model.layers.{layer}.mlp") if ".mlp." in name else None
+            if name in plan.ranks:
+                kept[row, layer] = plan.ranks[name] * (inputs + outputs) / (inputs * outputs)
+            elif width:
+                kept[row, layer] = width / max(inputs, outputs)
+    figure = Figure(figsize=(10, 6 if loss_at else 3.2), layout="constrained")
+    upper, *lower = figure.subplots(2 if loss_at else 1, 1, squeeze=False)[:, 0]
+    image = upper.imshow(kept, aspect="auto", vmin=0, vmax=1, cmap=mpl.colormaps["viridis"])
+    upper.set(title="kept of each projection (1: dense)", xlabel="layer", yticks=range(len(KINDS)), yticklabels=KINDS)
+    figure.colorbar(image, ax=upper)
+    if loss_at:
+        found = [(keep, loss) for keep in KEEPS if (loss := loss_at(keep)) is not None]
+        lower[0].plot(*zip(*found, strict=True), marker="o")
+        lower[0].set(title="predicted loss", xlabel="keep of the projections", ylabel="nats per token", yscale="log")
+        lower[0].grid(alpha=0.3)
+    figure.savefig(path)
