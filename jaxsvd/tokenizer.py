@@ -36,9 +36,14 @@ class Tokenizer:
         """Whether the model was made to chat."""
         return bool(getattr(self._inner, "chat_template", None))
 
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, with the BOS token where the model's tokenizer adds one."""
-        return list(self._inner(text)["input_ids"])
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token."""
+        return self._inner.get_vocab()
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Text to ids, with the BOS token where the model's tokenizer adds one; without `special`, never with one."""
+        return list(self._inner(text, add_special_tokens=special)["input_ids"])
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Messages `{"role": …, "content": …}` to the ids of the model's chat template, ready for an answer.
