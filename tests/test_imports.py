@@ -94,6 +94,7 @@ def test_evaluation_is_on_top():
 def test_each_heavy_library_has_one_door():
     assert importers("transformers") == {"jaxsvd.tokenizer"}
     assert importers("torch") == set()
+    assert importers("lm_eval") == {"jaxsvd.evaluate.harness"}
     assert importers("matplotlib") == {"jaxsvd.evaluate.report"}
     assert all(below(module, "jaxsvd.kernels.neuron") for module in importers("nki", "neuronxcc", "jax_neuronx"))
 
