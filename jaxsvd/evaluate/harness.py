@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from jaxsvd import api
@@ -49,7 +50,7 @@ class HarnessModel(TemplateLM):
         dtype: as in `jaxsvd.load`.
         backend: as in `jaxsvd.load`.
         seed: of sampled texts; each request has its own, seed + its number.
-        device: None. JAX chooses (`JAX_PLATFORMS`).
+        device: not used, but the harness's command line always gives one. JAX chooses (`JAX_PLATFORMS`).
 
     Raises UsageError for arguments that can't be used, ModelError for a model that can't be loaded.
     """
@@ -68,7 +69,7 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         if device is not None:
-            raise UsageError(f"device is {device!r}: leave it out; JAX chooses, or set JAX_PLATFORMS")
+            logger.info("device %s is not used: JAX chooses %s (JAX_PLATFORMS)", device, jax.default_backend())
         loaded = isinstance(pretrained, api.LanguageModel)
         if loaded and (dtype is not None or backend != "auto"):
             raise UsageError("the model is loaded already: dtype and backend can't be chosen any more")

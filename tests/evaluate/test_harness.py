@@ -219,7 +219,6 @@ def test_chat_templates(worded, lm, model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cuda"}, "device is 'cuda'"),
         ({"dtype": "float32"}, "loaded already"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": "many"}, "batch_size is 'many'"),
@@ -232,6 +231,12 @@ def test_chat_templates(worded, lm, model, tmp_path):
 def test_bad_arguments(lm, options, message):
     with pytest.raises(jaxsvd.UsageError, match=message):
         HarnessModel(lm, **options)
+
+
+def test_the_device_is_not_the_harness_s_to_choose(lm, caplog):
+    with caplog.at_level("INFO", "jaxsvd"):
+        HarnessModel(lm, device="cuda:0")  # its command line says so where there is no GPU
+    assert "cuda:0 is not used: JAX chooses cpu" in caplog.text
 
 
 def test_it_is_registered_beside_the_others(worded):
