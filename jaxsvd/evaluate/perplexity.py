@@ -26,13 +26,13 @@ class Result(NamedTuple):
     """The perplexity of a text.
 
     `perplexity` is exp of the mean negative log-likelihood per predicted token, the first of each window not counted;
-    `error` is its standard error (perplexity times that of the windows' mean, nan for a single window). `tokens` are
+    `standard_error` is its own (perplexity times that of the windows' mean, nan for a single window). `tokens` are
     those predicted, `tokens_per_second` leaves loading and compiling out. `nlls`, float64 (windows,), are the windows'
     means, in nats.
     """
 
     perplexity: float
-    error: float
+    standard_error: float
     windows: int
     tokens: int
     tokens_per_second: float
@@ -43,7 +43,7 @@ class Comparison(NamedTuple):
     """Two models on the same windows: the ratio of their perplexities, and the standard error of its logarithm."""
 
     ratio: float
-    error: float
+    log_error: float
 
 
 class Row(NamedTuple):

@@ -21,10 +21,9 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         keep = "?" if row.keep is None else f"{row.keep:.3f}"
         result, ratio = row.result, row.comparison
-        cells = [row.model, keep, row.text, _plus_minus(result.perplexity, result.error, 3)]
+        cells = [row.model, keep, row.text, _plus_minus(result.perplexity, result.standard_error, 3)]
         if compared:
-            # The error is that of the logarithm: relative.
-            cells.append(_plus_minus(ratio.ratio, ratio.ratio * ratio.error, 4) if ratio else "1")
+            cells.append(_plus_minus(ratio.ratio, ratio.ratio * ratio.log_error, 4) if ratio else "1")
         lines.append([*cells, str(result.windows), str(result.tokens), f"{result.tokens_per_second:.0f}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
@@ -34,7 +33,7 @@ def as_json(rows: Sequence[Row], **settings: Any) -> dict[str, Any]:
     """The rows as JSON values, None for what is undefined."""
     results = []
     for row in rows:
-        ratio, error = row.comparison or (None, None)
+        ratio, log_error = row.comparison or (None, None)
         numbers = {name: value for name, value in row.result._asdict().items() if name != "nlls"}
         found = {
             "model": row.model,
@@ -42,7 +41,7 @@ def as_json(rows: Sequence[Row], **settings: Any) -> dict[str, Any]:
             "text": row.text,
             **numbers,
             "ratio": ratio,
-            "ratio_error": error,
+            "ratio_log_error": log_error,
         }
         results.append({name: None if _undefined(value) else value for name, value in found.items()})
     return {**settings, "results": results}
@@ -81,7 +80,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for text in dict.fromkeys(row.text for row in rows):
-        points = sorted((row.keep or 0, row.result.perplexity, row.result.error) for row in rows if row.text == text)
+        shown = [(row.keep or 0, row.result) for row in rows if row.text == text]
+        points = sorted((keep, result.perplexity, result.standard_error) for keep, result in shown)
         keeps, values, errors = zip(*points, strict=True)
         errors = [0 if _undefined(error) else error for error in errors]
         axes.errorbar(keeps, values, yerr=errors, marker="o", capsize=3, label=text)

@@ -56,14 +56,14 @@ def test_json_is_one_object(worded, low, texts, lm, capfd):
     base, backwards, factored, _ = found["results"]
     expected = perplexity(lm, TEXT, 32)
     assert base["perplexity"] == pytest.approx(expected.perplexity)
-    assert base["error"] == pytest.approx(expected.error)
+    assert base["standard_error"] == pytest.approx(expected.standard_error)
     assert (base["windows"], base["tokens"]) == (expected.windows, expected.tokens)
     assert base["tokens_per_second"] > 0
     assert abs(backwards["perplexity"] / base["perplexity"] - 1) > 1e-3
     assert (base["keep"], factored["keep"]) == (1, 0.5)
-    assert (base["ratio"], base["ratio_error"]) == (None, None)
+    assert (base["ratio"], base["ratio_log_error"]) == (None, None)
     assert factored["ratio"] == pytest.approx(factored["perplexity"] / base["perplexity"])
-    assert 0 < factored["ratio_error"] < 0.1
+    assert 0 < factored["ratio_log_error"] < 0.1
 
 
 def test_every_option_changes_what_it_says(worded, texts, lm, capfd, monkeypatch):
@@ -79,7 +79,7 @@ def test_every_option_changes_what_it_says(worded, texts, lm, capfd, monkeypatch
     assert row["perplexity"] == pytest.approx(perplexity(lm, TEXT, 16, windows=3).perplexity)
     assert run(*base, "--window", 64, "--windows", 1) == 0
     (row,) = answer(capfd)["results"]
-    assert (row["windows"], row["tokens"], row["error"]) == (1, 63, None)
+    assert (row["windows"], row["tokens"], row["standard_error"]) == (1, 63, None)
     assert run(*base, "--window", 64, "--windows", 1, "--dtype", "bfloat16", "--backend", "xla") == 0
     assert answer(capfd)["results"][0]["perplexity"] != row["perplexity"]
     assert seen == [(None, "auto"), (None, "auto"), ("bfloat16", "xla")]
@@ -134,7 +134,7 @@ def test_what_the_plot_shows(worded, low, texts, tmp_path, monkeypatch):
         assert list(x) == [0.5, 1.0] and list(y) == [points[keep].perplexity for keep in (0.5, 1.0)]
         (bars,) = container.lines[2]
         heights = [np.ptp(segment[:, 1]) / 2 for segment in bars.get_segments()]
-        np.testing.assert_allclose(heights, [points[keep].error for keep in (0.5, 1.0)])
+        np.testing.assert_allclose(heights, [points[keep].standard_error for keep in (0.5, 1.0)])
 
 
 @pytest.mark.parametrize(

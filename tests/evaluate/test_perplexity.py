@@ -35,7 +35,7 @@ def test_all_windows(lm, expected):
     np.testing.assert_allclose(result.nlls, expected, atol=1e-4)
     assert result.perplexity == pytest.approx(math.exp(expected.mean()), rel=1e-4)
     error = result.perplexity * expected.std(ddof=1) / math.sqrt(len(expected))
-    assert result.error == pytest.approx(error, rel=1e-3)
+    assert result.standard_error == pytest.approx(error, rel=1e-3)
     assert result.tokens_per_second > 0
 
 
@@ -44,7 +44,7 @@ def test_windows_are_evenly_spaced(lm, expected, count):
     result = perplexity(lm, TEXT, WINDOW, windows=count)
     chosen = [i * len(expected) // count for i in range(count)]
     np.testing.assert_allclose(result.nlls, expected[chosen], atol=1e-4)
-    assert math.isnan(result.error) == (count == 1)
+    assert math.isnan(result.standard_error) == (count == 1)
 
 
 def test_batches_change_nothing_and_have_one_size(worded, expected):
@@ -66,7 +66,7 @@ def test_comparison_is_paired(worded, tmp_path, lm):
     found = compare(base, low)
     assert found.ratio == pytest.approx(low.perplexity / base.perplexity, rel=1e-6)
     differences = low.nlls - base.nlls
-    assert found.error == pytest.approx(differences.std(ddof=1) / math.sqrt(base.windows))
+    assert found.log_error == pytest.approx(differences.std(ddof=1) / math.sqrt(base.windows))
     assert abs(found.ratio - 1) > 0.01 and compare(base, base) == (1.0, 0.0)
     with pytest.raises(jaxsvd.UsageError, match="same windows"):
         compare(base, perplexity(lm, TEXT, WINDOW, windows=3))
