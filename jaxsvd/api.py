@@ -19,7 +19,7 @@ from tqdm import tqdm
 from jaxsvd import hub, kernels
 from jaxsvd.checkpoint.read import Checkpoint
 from jaxsvd.config import ModelConfig, end_of_text_ids
-from jaxsvd.engine import Engine
+from jaxsvd.engine import Engine, Score
 from jaxsvd.errors import UsageError
 from jaxsvd.sampling import per_row
 from jaxsvd.tokenizer import Message, StopMatcher, TextStream, Tokenizer
@@ -124,6 +124,20 @@ class LanguageModel:
         Unequal rows are right-padded: behind a row's end the logits are zero. Raises UsageError for ids out of range.
         """
         return self.engine.logits([_ids(row) for row in ([token_ids] if _is_one_prompt(token_ids) else token_ids)])
+
+    def score(self, prompts: Any) -> Score | list[Score]:
+        """How likely one prompt is (a `Score`), or each of a list of them (a list of `Score`s, in one ragged batch).
+
+        Args:
+            prompts: a string, chat messages or token ids; or a list of these. See `encode` for their token ids.
+
+        Returns `logprobs`, float32 natural logarithms of each token's probability given those before it, and `greedy`,
+        whether it was the likeliest: arrays (tokens - 1,), from the second token on. Raises UsageError for prompts that
+        can't be used.
+        """
+        if _is_one_prompt(prompts):
+            return self.engine.score([self.encode(prompts)])[0]
+        return self.engine.score([self.encode(prompt) for prompt in prompts])
 
     def generate(self, prompts: Any, max_new_tokens: int = 128, stop: str | Sequence[str] = (), **options: Any) -> Any:
         """Continue one prompt (a `Completion`) or a list of them (a list of `Completion`s, in one ragged batch).

@@ -210,9 +210,41 @@ def compress(args: argparse.Namespace) -> None:
         print(f"{made.seconds:.0f} s, peak memory {made.peak_bytes / 1e9:.2f} GB", file=sys.stderr)
 
 
+def _perplexity_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a registry name, a Hub id or a folder")
+    parser.add_argument("--text", action="append", default=[], type=Path, metavar="FILE", help="UTF-8; repeatable")
+    parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window (512)")
+    parser.add_argument("--windows", type=int, metavar="N", help="take N evenly spaced windows (default: all)")
+    parser.add_argument("--compare", action="append", default=[], metavar="MODEL", help="the same windows; repeatable")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows scored at a time (8)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: by platform)")
+    parser.add_argument("--backend", default="auto", help="auto or xla")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw perplexity against the fraction kept")
+    _common(parser, perplexity)
+
+
+def perplexity(args: argparse.Namespace) -> None:
+    """Measure how well models predict texts, in windows that do not overlap."""
+    from jaxsvd.evaluate import report
+    from jaxsvd.evaluate.perplexity import measure
+
+    if not args.text:
+        raise UsageError("there is no text: give --text FILE")
+    models, progress = [args.model, *args.compare], False if args.quiet else None
+    if args.plot:
+        report.check_plot(args.plot, models)
+    rows = measure(
+        models, args.text, args.window, args.windows, args.batch_size, args.dtype, args.backend, progress=progress
+    )
+    if args.plot:
+        report.plot(rows, args.plot)
+    print(json.dumps(report.as_json(rows, window=args.window)) if args.json else report.table(rows))
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], Any], Callable[[argparse.Namespace], None]]] = {
     "generate": (_generate_arguments, generate),
     "compress": (_compress_arguments, compress),
+    "perplexity": (_perplexity_arguments, perplexity),
 }
 
 

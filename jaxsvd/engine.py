@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,26 @@ logger = logging.getLogger("jaxsvd")
 PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
 SMALLEST_CAPACITY = 128
 
+# What a prefill gives: logits of each row's last token, of every token, or no logits but the states under them.
+Output = Literal["last", "every", "hidden"]
+
 
 class Compiled(NamedTuple):
     """One compiled step: what it is, and what compiling cost."""
 
     name: str
     seconds: float
+
+
+class Score(NamedTuple):
+    """How likely a prompt was, from its second token on: two arrays (tokens - 1,).
+
+    `logprobs` float32: the natural logarithm of each token's probability given those before it. `greedy` bool: whether
+    no other token was likelier.
+    """
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
 
 
 class Engine:
@@ -73,15 +87,16 @@ class Engine:
         tokens: jax.Array,
         lengths: jax.Array,
         *,
-        every: bool = False,
+        output: Output = "last",
     ) -> tuple[jax.Array, KVCache]:
         """Start a cache, just large enough, with prompts (batch, bucket) of `lengths` (batch,).
 
-        Returns float32 logits of each row's last token (batch, vocab), or of `every` one (batch, bucket, vocab).
+        Returns float32 logits of each row's last token (batch, vocab) or of "every" one (batch, bucket, vocab), or the
+        "hidden" states (batch, bucket, hidden) for `score_tokens`; and the cache.
         """
         batch, bucket = tokens.shape
         cache = empty_cache(self.config, batch, bucket, self.dtype)
-        return self._prefill(leaves, tokens, lengths, cache, jnp.int32(0), every)
+        return self._prefill(leaves, tokens, lengths, cache, jnp.int32(0), output)
 
     def grow(self, cache: KVCache, *, capacity: int) -> KVCache:
         """The cache with room for `capacity` tokens. A step of its own, so that prefill depends on the bucket alone."""
@@ -99,13 +114,13 @@ class Engine:
         cache: KVCache,
         start: jax.Array,
         *,
-        every: bool = False,
+        output: Output = "last",
     ) -> tuple[jax.Array, KVCache]:
         """Add the chunk (batch, bucket) that begins at token `start` () of prompts of `lengths` to a cache.
 
         Returns as `prefill`; rows whose last token lies in another chunk get logits without meaning.
         """
-        return self._prefill(leaves, tokens, lengths, cache, start, every)
+        return self._prefill(leaves, tokens, lengths, cache, start, output)
 
     def _prefill(
         self,
@@ -114,14 +129,37 @@ class Engine:
         lengths: jax.Array,
         cache: KVCache,
         start: jax.Array,
-        every: bool,
+        output: Output,
     ) -> tuple[jax.Array, KVCache]:
         model = self._model(leaves)
         hidden, cache = model(tokens, cache, start)
-        if not every:
+        cache = KVCache(cache.keys, cache.values, lengths)
+        if output == "hidden":
+            return hidden, cache
+        if output == "last":
             last = jnp.clip(lengths - 1 - start, 0, tokens.shape[1] - 1)
             hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1, mode="clip")[:, 0]
-        return model.logits(hidden), KVCache(cache.keys, cache.values, lengths)
+        return model.logits(hidden), cache
+
+    def score_tokens(
+        self, leaves: Sequence[jax.Array], hidden: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """How likely each of `targets` (batch, bucket) is after its "hidden" state (batch, bucket, hidden).
+
+        Returns the logarithm of its probability, float32, and whether its logit is the greatest, both (batch, bucket).
+        """
+        model = self._model(leaves)
+
+        def row(given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            hidden, targets = given
+            logits = model.logits(hidden)
+            target = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
+            top = jnp.max(logits, axis=-1)
+            total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
+            return target - top - jnp.log(total), target == top
+
+        # Row by row: the logits of a whole batch can take more memory than the model.
+        return lax.map(row, (hidden, targets))
 
     def first(
         self, logits: jax.Array, sampler: Sampler, lengths: jax.Array, seen: jax.Array | None, *, mode: Mode
@@ -165,13 +203,35 @@ class Engine:
         """Logits of every token of every prompt, float32 (batch, longest, vocab); zeros behind a shorter row's end."""
         lengths = self._check(prompts, 0)
         result = np.zeros((len(prompts), lengths.max(), self.config.vocab_size), np.float32)
-        for start, logits, _ in self._chunks(prompts, lengths, 0, every=True):
+        for start, logits, _ in self._chunks(prompts, lengths, 0, "every"):
             width = min(logits.shape[1], result.shape[1] - start)
             result[:, start : start + width] = np.asarray(logits)[:, :width]
         result[np.arange(result.shape[1]) >= lengths[:, None]] = 0
         if np.isnan(result).any():
             raise _not_finite()
         return result
+
+    def score(self, prompts: Sequence[Sequence[int]]) -> list[Score]:
+        """How likely every token of every prompt is, given those before it; nothing for the first.
+
+        A prompt may have one token more than the model has positions: the last is only predicted. Raises UsageError for
+        prompts that do not fit the model, JaxsvdError where the model computes something that is not a number.
+        """
+        lengths = np.maximum(self._check(prompts, -1) - 1, 1)
+        inputs = [prompt[:length] for prompt, length in zip(prompts, lengths, strict=True)]
+        pieces = []
+        for start, hidden, _ in self._chunks(inputs, lengths, 0, "hidden"):
+            targets = _padded([prompt[start + 1 :][: hidden.shape[1]] for prompt in prompts], hidden.shape[1])
+            label = f"scores of {hidden.shape[1]} tokens"
+            pieces.append(self._run(label, self.score_tokens, (self.leaves, hidden, targets)))
+        logprobs, greedy = (
+            np.concatenate(list(map(np.asarray, arrays)), axis=1) for arrays in zip(*pieces, strict=True)
+        )
+        sizes = [len(prompt) - 1 for prompt in prompts]
+        scores = [Score(p[:size], g[:size]) for p, g, size in zip(logprobs, greedy, sizes, strict=True)]
+        if not all(np.isfinite(score.logprobs).all() for score in scores):
+            raise _not_finite()
+        return scores
 
     def generate(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[SamplingParams], max_new_tokens: int
@@ -221,31 +281,31 @@ class Engine:
         return capacity
 
     def _chunks(
-        self, prompts: Sequence[Sequence[int]], lengths: np.ndarray, new: int, every: bool = False
+        self, prompts: Sequence[Sequence[int]], lengths: np.ndarray, new: int, output: Output = "last"
     ) -> Iterator[tuple[int, jax.Array, KVCache]]:
-        """Prefill in chunks: the first token of each, its logits, and the cache so far."""
+        """Prefill in chunks: the first token of each, its output, and the cache so far."""
         chunk = self.prefill_buckets[-1]
         longest = int(lengths.max())
         last = next(size for size in self.prefill_buckets if size >= (longest - 1) % chunk + 1)
-        padded = np.zeros((len(prompts), (longest - 1) // chunk * chunk + last), np.int32)
-        for row, prompt in zip(padded, prompts, strict=True):
-            row[: len(prompt)] = prompt
+        padded = _padded(prompts, (longest - 1) // chunk * chunk + last)
         # The last block of a decode may run past max_new_tokens.
-        capacity = self.capacity(max(padded.shape[1], longest + new + self.steps_per_dispatch))
+        capacity = self.capacity(max(padded.shape[1], longest + new + self.steps_per_dispatch if new else 0))
         cache = None
         for start in range(0, padded.shape[1], chunk):
             piece = padded[:, start : start + chunk]
             if cache is None:
                 label = f"prefill of {piece.shape[1]} tokens"
-                logits, cache = self._run(label, self.prefill, (self.leaves, piece, lengths), every=every)
-                cache = self._run(f"cache {capacity}", self.grow, (cache,), capacity=capacity)
+                result, cache = self._run(label, self.prefill, (self.leaves, piece, lengths), output=output)
+                if new or padded.shape[1] > chunk:
+                    cache = self._run(f"cache {capacity}", self.grow, (cache,), capacity=capacity)
             else:
                 label = f"extension by {piece.shape[1]} tokens, cache {capacity}"
                 args = (self.leaves, piece, lengths, cache, np.int32(start))
-                logits, cache = self._run(label, self.extend, args, donate=(3,), every=every)
-            yield start, logits, cache
+                result, cache = self._run(label, self.extend, args, donate=(3,), output=output)
+            yield start, result, cache
 
     def _check(self, prompts: Sequence[Sequence[int]], new: int) -> np.ndarray:
+        """The lengths of prompts that `new` tokens are to follow; -1 where the last one itself is only predicted."""
         if not prompts:
             raise UsageError("there is no prompt: give at least one")
         for row, prompt in enumerate(prompts):
@@ -258,9 +318,11 @@ class Engine:
                     f"prompt {row} has token id {bad}: the model has ids 0 to {self.config.vocab_size - 1}"
                 )
             if len(prompt) + new > self.config.max_positions:
+                room = self.config.max_positions - min(new, 0)
+                follow, lower = (f" and {new} are to follow", " or lower max_new_tokens") if new > 0 else ("", "")
                 raise UsageError(
-                    f"prompt {row} has {len(prompt)} tokens and {new} are to follow: the model has room for "
-                    f"{self.config.max_positions}; shorten the prompt or lower max_new_tokens"
+                    f"prompt {row} has {len(prompt)} tokens{follow}: the model has room for {room}; "
+                    f"shorten the prompt{lower}"
                 )
         return np.array([len(prompt) for prompt in prompts], np.int32)
 
@@ -282,6 +344,13 @@ class Engine:
             self.compiled.append(Compiled(label, time.perf_counter() - start))
             logger.info("compiled %s in %.2f s", *self.compiled[-1])
         return self._steps[key](*args)
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    padded = np.zeros((len(rows), width), np.int32)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded
 
 
 def _where(inside: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -32,28 +32,53 @@ class Tokenizer:
             ) from None
 
     @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of a model that was made to chat."""
+        return getattr(self._inner, "chat_template", None) or None
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model was made to chat."""
-        return bool(getattr(self._inner, "chat_template", None))
+        return self.chat_template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, with the BOS token where the model's tokenizer adds one."""
-        return list(self._inner(text)["input_ids"])
+    @property
+    def bos(self) -> tuple[str, int] | None:
+        """The token that begins a text, and its id."""
+        return None if self._inner.bos_token_id is None else (self._inner.bos_token, self._inner.bos_token_id)
+
+    @property
+    def eos(self) -> tuple[str, int] | None:
+        """The token that ends a text, and its id."""
+        return None if self._inner.eos_token_id is None else (self._inner.eos_token, self._inner.eos_token_id)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token."""
+        return self._inner.get_vocab()
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Text to ids, with the BOS token where the model's tokenizer adds one; without `special`, never with one."""
+        return list(self._inner(text, add_special_tokens=special)["input_ids"])
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Messages `{"role": …, "content": …}` to the ids of the model's chat template, ready for an answer.
+        """Messages `{"role": …, "content": …}` to the ids of `render`."""
+        return self.encode(self.render(messages), special=False)  # the template has the BOS already
+
+    def render(self, messages: Sequence[Message], answer: bool = True) -> str:
+        """Messages as the text of the model's chat template, ready for an `answer`, or for more of the last message.
 
         Raises UsageError where there is no template or it does not take the messages.
         """
         if not self.has_chat_template:
             raise UsageError("this model has no chat template: prompt it with plain text (--raw)")
         try:
-            text = self._inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return self._inner.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=answer, continue_final_message=not answer
+            )
         except Exception as error:  # templates raise what they like
             raise UsageError(
                 f"the model's chat template refuses these messages ({error}): expected role and content in each"
             ) from None
-        return list(self._inner(text, add_special_tokens=False)["input_ids"])  # the template has the BOS already
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, without special tokens."""

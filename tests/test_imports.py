@@ -76,7 +76,7 @@ def test_kernels_know_arrays_only():
 
 FORBIDDEN = {
     "jaxsvd.models": ("jaxsvd.engine", "jaxsvd.tokenizer", "jaxsvd.hub", "jaxsvd.api", "jaxsvd.checkpoint"),
-    "jaxsvd.compress": ("jaxsvd.engine", "jaxsvd.api"),
+    "jaxsvd.compression": ("jaxsvd.engine", "jaxsvd.api"),
     "jaxsvd.engine": ("jaxsvd.tokenizer", "jaxsvd.hub", "jaxsvd.api", "jaxsvd.checkpoint"),
     "jaxsvd.sampling": ("jaxsvd.engine", "jaxsvd.models", "jaxsvd.api"),
 }
@@ -87,9 +87,15 @@ def test_layers_point_downwards(module):
     assert not {name for name in importers(*FORBIDDEN[module]) if below(name, module)}
 
 
+def test_evaluation_is_on_top():
+    assert {module for module in importers("jaxsvd.evaluate") if not below(module, "jaxsvd.evaluate")} == {"jaxsvd.cli"}
+
+
 def test_each_heavy_library_has_one_door():
     assert importers("transformers") == {"jaxsvd.tokenizer"}
     assert importers("torch") == set()
+    assert importers("lm_eval") == {"jaxsvd.evaluate.harness"}
+    assert importers("matplotlib") == {"jaxsvd.evaluate.report"}
     assert all(below(module, "jaxsvd.kernels.neuron") for module in importers("nki", "neuronxcc", "jax_neuronx"))
 
 
@@ -141,6 +147,11 @@ def test_the_engine_needs_no_tokenizer():
 
 def test_loading_by_api_imports_transformers_late():
     assert not {"transformers", "torch"} & loaded_by("import jaxsvd; jaxsvd.load")
+
+
+def test_perplexity_needs_neither_matplotlib_nor_the_harness():
+    modules = "jaxsvd.evaluate.perplexity, jaxsvd.evaluate.report"
+    assert not {"matplotlib", "lm_eval", "torch"} & loaded_by(f"import {modules}")
 
 
 def test_public_names_are_lazy_but_there():
