@@ -16,6 +16,11 @@ from safetensors.numpy import load_file, save_file
 NAMES = {
     "svd-llm": ("{stem}_v_proj", "{stem}_u_proj"),
     "svd-llm-hf": ("{path}.v_proj", "{path}.u_proj"),
+    "asvd": ("{path}.BLinear", "{path}.ALinear"),
+    "dobi-svd": ("{path}.ALinear", "{path}.BLinear"),
+    "kfac-svd": ("{path}.mod_a", "{path}.mod_b"),
+    "aa-svd": ("{path}.V", "{path}.U"),
+    "dynrank": ("{path}.first", "{path}.second"),
 }
 MIXED_RANKS = (7, 13, None, 1, 20, 16, 5, 2)  # all below the break-even of the tiny models' matrices
 
