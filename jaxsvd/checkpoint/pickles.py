@@ -33,7 +33,7 @@ _STORAGES = {
 _VALUES = {
     *(f"torch.{name}" for name in ("float16", "bfloat16", "float32", "float64", "bool", "uint8")),
     *(f"torch.int{bits}" for bits in (8, 16, 32, 64)),
-    *("builtins.object", "__builtin__.object"),
+    *("builtins.object", "__builtin__.object", "torch.Tensor"),
 }
 
 
@@ -156,6 +156,8 @@ class _Machine:
         elif name in ("REDUCE", "NEWOBJ"):
             function, arguments = stack.pop(-2), stack.pop()
             stack.append(_call(function, arguments))
+        elif name == "POP":
+            stack.pop()
         elif name == "BUILD":
             self._build(stack[-2], stack.pop())
         elif name == "BINPERSID":
@@ -241,6 +243,13 @@ def _parameter(data: Any, *rest: Any) -> Any:
     return data
 
 
+def _typed(function: Any, kind: Any, arguments: Any, *rest: Any) -> Any:
+    """A tensor that has attributes."""
+    if not isinstance(function, Global) or _CALLS.get(str(function)) not in (_tensor, _parameter):
+        raise Refused(f"it makes a tensor by {describe(function)}")
+    return _call(function, arguments)
+
+
 def _dictionary(pairs: Any = (), *rest: Any) -> dict[Any, Any]:
     return {_key(key): value for key, value in pairs}
 
@@ -264,6 +273,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _typed,
     "torch.Size": _sequence,
     "torch.device": _nothing,
     "collections.OrderedDict": _dictionary,

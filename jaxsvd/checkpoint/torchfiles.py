@@ -42,6 +42,7 @@ class _Archive:
             raise self.refused(refused) from None
 
     def refused(self, why: object) -> ModelError:
+        """The error for this file."""
         return ModelError(f"{self.path} is refused: {why}; jaxsvd reads pickled weights only, and runs nothing of them")
 
     def _find(self, members: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
@@ -71,6 +72,7 @@ class _Archive:
         return self._map[span[0] : span[0] + span[1]]
 
     def unpickle(self) -> Any:
+        """What its pickle describes. Raises `Refused`."""
         span = self._spans["data.pkl"]
         if span[1] > _LARGEST_PICKLE:
             raise Refused("its data.pkl has more than 1 GiB")
@@ -79,17 +81,15 @@ class _Archive:
     def check(self, name: str, tensor: Tensor) -> tuple[int, ...]:
         """The tensor's shape. Raises ModelError where it is not wholly inside of its storage."""
         storage, shape, stride = tensor.storage, tensor.shape, tensor.stride
-        numbers = [tensor.offset, storage.numel, *shape, *stride]
-        sane = len(shape) == len(stride) <= _MOST_DIMENSIONS
-        if not sane or not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        sane = all(isinstance(sizes, tuple | list) and len(sizes) <= _MOST_DIMENSIONS for sizes in (shape, stride))
+        numbers = [tensor.offset, storage.numel, *shape, *stride] if sane and len(shape) == len(stride) else [None]
+        if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
             raise self.refused(f"{name} has a shape or a stride that makes no sense")
         span = self._spans.get(f"data/{storage.key}")
         if span is None:
             raise self.refused(f"the storage {storage.key!r} of {name} is not in it")
         if storage.numel * storage.itemsize > span[1]:
-            raise self.refused(
-                f"the storage of {name} has {span[1]} bytes, less than the {storage.numel} elements told"
-            )
+            raise self.refused(f"the storage of {name} has {span[1]} bytes, too few for {storage.numel} elements")
         elements, last = 1, tensor.offset
         for size, step in zip(shape, stride, strict=True):
             elements, last = elements * size, last + max(size - 1, 0) * step
@@ -98,12 +98,15 @@ class _Archive:
         return tuple(shape)
 
     def read(self, tensor: Tensor) -> np.ndarray:
+        """A tensor that `check` has passed; a view of the file where it lies there in order."""
         storage = tensor.storage
+        if 0 in tensor.shape:
+            return np.zeros(tensor.shape, DTYPES[storage.dtype])
         dtype, (start, _) = DTYPES[storage.dtype], self._spans[f"data/{storage.key}"]
         whole = np.frombuffer(self._map, dtype, storage.numel, start)
         strides = [step * dtype.itemsize for step in tensor.stride]
         view = np.lib.stride_tricks.as_strided(whole[tensor.offset :], tensor.shape, strides, writeable=False)
-        return np.ascontiguousarray(view)
+        return np.ascontiguousarray(view).reshape(tensor.shape)  # a scalar would come out as a vector
 
 
 class _Pickled(NamedTuple):

@@ -1,5 +1,6 @@
 """Every public low-rank family, stored under its own names: it loads, and converts, to the model that it stands for."""
 
+import functools
 import json
 import re
 
@@ -231,8 +232,10 @@ KINDS = {"self_attn": "qkvo", "mlp": ("gate", "up", "down")}
 RANK = 20
 
 
-def share(tensors) -> tuple[dict, dict, dict]:
-    """A dense model of two layers to per-layer bases and coefficients, the bases, and the dense model they stand for."""
+@functools.cache
+def share(dense) -> tuple[dict, dict, dict]:
+    """A dense folder of two layers to the coefficients (and all else), the bases, and the dense model of both."""
+    tensors = read_tensors(dense)
     rest = {name: a for name, a in tensors.items() if not name.endswith("_proj.weight")}
     coefficients, bases, equal = {}, {}, dict(rest)
     for module, kinds in KINDS.items():
@@ -264,7 +267,8 @@ PLACES = {
 
 def write_shared(dense, folder, place="everywhere", **config):
     """A Basis Sharing folder; returns the dense tensors that it stands for."""
-    tensors, bases, equal = share(read_tensors(dense))
+    tensors, bases, equal = share(dense)
+    tensors = dict(tensors)
     for template, layers in PLACES[place]:
         for (module, kind), basis in bases.items():
             for layer in layers:
