@@ -231,7 +231,7 @@ def advice(name: str) -> str:
     """What to do about an unexpected tensor, where that is known."""
     if ".lora_" in name:
         return ": `jaxsvd convert` merges LoRA pairs"
-    if name.startswith("lm_head."):
+    if name.startswith("lm_head"):
         return ": `jaxsvd convert` multiplies a factored head out"
     return ""
 

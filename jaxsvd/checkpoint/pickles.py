@@ -107,7 +107,7 @@ def unpickle(data: bytes) -> Any:
             try:
                 machine.step(opcode.name, argument)
             except Refused as refused:
-                raise Refused(f"{refused} (at byte {position} of its data.pkl)") from None
+                raise Refused(f"{str(refused)[:300]} (at byte {position} of its data.pkl)") from None
         (result,) = machine.stack
     except (ValueError, TypeError, LookupError, OverflowError) as error:
         raise Refused(f"its data.pkl is damaged ({error})") from None

@@ -241,7 +241,7 @@ def programs(marker: Path) -> dict[str, tuple[bytes, str]]:
         "numpy": (called("numpy.core.multiarray", "_reconstruct", "x"), "numpy.core.multiarray._reconstruct"),
         "numpy.load": (called("numpy", "load", str(marker)), "numpy.load"),
         "functools.partial": (called("functools", "partial", "x"), "functools.partial"),
-        "a dotted name": (b"\x80\x04" + text("torch.nn") + text("os.system") + b"\x93.", "torch.nn.os.system"),
+        "a dotted name": (b"\x80\x04" + text("torch.nn") + text("os.system") + b"\x93.", "it names torch.nn.os.system"),
         "a neighbour of an inert package": (called("transformers_evil", "run", "x"), "transformers_evil.run"),
         "an inert package as a prefix": (called("modulesx.os", "run", "x"), "modulesx.os.run"),
         # The names come from the memo, in the other order, so that no text next to the opcode tells them.
@@ -488,6 +488,16 @@ def test_deep_nesting(tmp_path):
     """Hashing or comparing it would end the process."""
     deep = b"\x80\x02}" + b")" + b"\x85" * 300_000 + b"K\x01s."
     assert "no weights" in refusal(save(tmp_path / "x.pt", deep))
+
+
+def test_a_pickle_too_large_is_not_walked(tmp_path):
+    start = time.perf_counter()
+    assert "64 MiB" in refusal(save(tmp_path / "x.pt", b"\x80\x02" + b")" * (1 << 26)))
+    assert time.perf_counter() - start < 5
+
+
+def test_a_long_name_is_cut(tmp_path):
+    assert len(refusal(save(tmp_path / "x.pt", b"c" + b"x" * 10**6 + b"\ny\n."))) < 1000
 
 
 def test_the_stream_is_what_it_seems(tmp_path):
