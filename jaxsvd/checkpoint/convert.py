@@ -21,6 +21,8 @@ from jaxsvd.checkpoint.write import FORMAT_VERSION, TensorWriter, atomic_folder,
 from jaxsvd.config import read_json
 from jaxsvd.errors import ModelError, UsageError
 
+_SETTINGS = "adapter_config.json"
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _PICKLES = ("*.pt", "*.pth", "*.bin")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -105,68 +107,63 @@ def convert(
 def _open(source: str | Path, base: Path | None) -> _Source:
     path = Path(source).expanduser()
     path = path if path.exists() else hub.resolve(source)
-    if path.is_dir() and (found := sharded(path, "no index", "adapter_model.safetensors")[0] or _adapter_pickle(path)):
-        return _open_adapter(path, found[0], base)
-    if path.is_dir():
-        tensors = _tensors(path)
-    elif path.suffix == ".safetensors":
-        tensors = TensorFiles(path.parent, [path])
-    else:
-        tensors = PickledTensors(path.parent, [path])
+    if path.is_dir() and (adapter := next((path / name for name in _ADAPTERS if (path / name).exists()), None)):
+        return _open_adapter(adapter, base)
+    tensors = _tensors(path)
     folder = tensors.folder
-    companions = tuple(dict.fromkeys(place for place in (base, folder if path.is_dir() else None) if place))
-    # An explicit base knows better than whatever lies beside a single file.
-    places = (folder, base) if path.is_dir() else (base, folder)
-    config = next((place / "config.json" for place in places if place and (place / "config.json").exists()), None)
+    # A folder knows best what it holds. What lies beside a single file may belong to anything: there the base does.
+    places = [place for place in ((folder, base) if path.is_dir() else (base, folder)) if place]
+    home = next((place for place in places if (place / "config.json").exists()), None)
     pickled = tensors.config if isinstance(tensors, PickledTensors) else None
-    if config is None and pickled is None:
+    if home is None and pickled is None:
         raise UsageError(
             f"{path} comes without a config.json, as SVD-LLM's pickles do: name the folder of the model that it was "
             "made from with --base (base=…), for its config and its tokenizer"
         )
-    if config and config.parent == folder and not path.is_dir():
-        companions = (folder,)
-    raw = read_json(config) if config else dict(pickled or {})
+    raw = read_json(home / "config.json") if home else dict(pickled or {})
+    companions = tuple(reversed(places)) if path.is_dir() else (home,) if home else ()
     if not has_pairs(tensors):
         return _Source(tensors, raw, companions)
-    beside = folder / "adapter_config.json"
+    beside = folder / _SETTINGS
     settings = read_json(beside) if beside.exists() else raw
     return _Source(merged(tensors, tensors, settings), raw, companions, pairs=True)
 
 
-def _adapter_pickle(folder: Path) -> list[Path]:
-    return sharded(folder, "no index", "adapter_model.bin")[0]
-
-
-def _open_adapter(folder: Path, file: Path, base: Path | None) -> _Source:
+def _open_adapter(file: Path, base: Path | None) -> _Source:
     """A PEFT folder: pairs, and the name of the model that they belong to."""
-    settings = read_json(folder / "adapter_config.json")
+    folder = file.parent
+    settings = read_json(folder / _SETTINGS)
     named = settings.get("base_model_name_or_path")
     if base is None and not (isinstance(named, str) and named):
         raise UsageError(f"{folder} is an adapter that does not say of which model: name its folder with --base")
-    below = _open(base or hub.resolve(str(named)), None)
-    adapter = PickledTensors(folder, [file]) if file.suffix == ".bin" else TensorFiles(folder, [file])
-    tensors = merged(below.tensors, adapter, settings)
+    model = hub.resolve(base or str(named))
+    if any((model / name).exists() for name in _ADAPTERS):
+        raise UsageError(f"{folder} belongs to {model}, which is an adapter itself: convert that one first")
+    below = _open(model, None)
+    tensors = merged(below.tensors, _tensors(file), settings)
     return _Source(tensors, below.raw, (*below.companions, folder), pairs=True)
 
 
-def _tensors(folder: Path) -> Tensors:
-    """The weights of a folder: safetensors where it has them, else pickles."""
-    if (folder / "remapping_weight.pt").exists():
+def _tensors(path: Path) -> Tensors:
+    """The weights of a file or a folder: safetensors where there are any, else pickles."""
+    if path.is_file():
+        kind = TensorFiles if path.suffix == ".safetensors" else PickledTensors
+        return kind(path.parent, [path])
+    if (path / "remapping_weight.pt").exists():
         raise ModelError(
-            f"{folder} holds Dobi-SVD's remapped 8-bit weights (remapping_weight.pt), which jaxsvd does not read: get "
+            f"{path} holds Dobi-SVD's remapped 8-bit weights (remapping_weight.pt), which jaxsvd does not read: get "
             "the model's Noremapping version"
         )
-    if any(folder.glob("*.safetensors")):
-        return TensorFiles(folder)
-    paths, weight_map = sharded(folder, torchfiles.INDEX, torchfiles.SINGLE)
-    paths = paths or sorted(folder.glob("pytorch_model-*.bin"))
-    if not paths:
-        paths = sorted({path for pattern in _PICKLES for path in folder.glob(pattern)})
-        paths = [path for path in paths if not path.name.startswith(_NO_WEIGHTS)]
-        if len(paths) > 1:
-            raise UsageError(f"{folder} holds several files of weights: give one, such as {paths[0]}")
-    return PickledTensors(folder, paths, weight_map) if paths else TensorFiles(folder)
+    if any(path.glob("*.safetensors")):
+        return TensorFiles(path)
+    files, weight_map = sharded(path, torchfiles.INDEX, torchfiles.SINGLE)
+    files = files or sorted(path.glob("pytorch_model-*.bin"))
+    if not files:
+        files = sorted(file for pattern in _PICKLES for file in path.glob(pattern))
+        files = [file for file in files if not file.name.startswith(_NO_WEIGHTS)]
+        if len(files) > 1:
+            raise UsageError(f"{path} holds several files of weights: give one, such as {files[0]}")
+    return PickledTensors(path, files, weight_map) if files else TensorFiles(path)
 
 
 def _write(checkpoint: Checkpoint, partial: Path, progress: Callable[[int], Any]) -> str:

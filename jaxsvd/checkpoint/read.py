@@ -160,6 +160,7 @@ class CheckpointWeights:
         self.dtype = np.dtype(dtype)
         self._checkpoint = checkpoint
         self._progress = progress or (lambda count: None)
+        self._told: set[str] = set()
         self._placed: dict[Any, jax.Array] | None = {} if checkpoint.shared else None
 
     def place(self, array: np.ndarray) -> jax.Array:
@@ -174,7 +175,8 @@ class CheckpointWeights:
 
     def _read(self, name: str) -> np.ndarray:
         array = self._checkpoint.files.read(name)
-        self._progress(array.nbytes)
+        self._progress(0 if name in self._told else array.nbytes)  # a shared factor is read for each of its layers
+        self._told.add(name)
         return array
 
     def _cast(self, array: np.ndarray, name: str) -> np.ndarray:

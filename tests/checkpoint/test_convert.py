@@ -309,6 +309,14 @@ def test_adapter_of_nothing(llama, tmp_path, rng):
         convert(adapter, tmp_path / "target")
 
 
+def test_adapter_of_itself(llama, tmp_path, rng):
+    adapter = write_adapter(
+        tmp_path / "adapter", lora(llama, rng)[0], base_model_name_or_path=str(tmp_path / "adapter")
+    )
+    with pytest.raises(UsageError, match="an adapter itself"):
+        convert(adapter, tmp_path / "target")
+
+
 @pytest.mark.parametrize("spelling", [".lora_A.weight", ".lora_A.default.weight"])
 def test_pairs_inside_of_a_checkpoint(llama, spelling, tmp_path, rng):
     """As PEFT leaves a model that is saved whole; also on top of factors."""

@@ -396,6 +396,12 @@ def test_a_shared_basis_is_one_buffer(converted, llama):
     assert not any(a is b for a, b in zip(plain, other, strict=True))
 
 
+def test_progress_counts_every_tensor_once(converted):
+    checkpoint, told = Checkpoint(converted), []
+    checkpoint.load(kernels.choose(), np.float32, told.append)
+    assert sum(told) == checkpoint.files.nbytes
+
+
 def test_equal_arrays_without_sharing_stay_apart(llama, tmp_path):
     """Hashing every array would slow down loading for nothing."""
     tensors = read_tensors(llama[0])
