@@ -9,8 +9,13 @@ from typing import Any
 
 from jaxsvd.errors import ModelError
 
-# model_type -> the architecture that runs it. "svdllm-llama" is how SVD-LLM's HF exports name a Llama.
-ARCHITECTURES = {"llama": "llama", "svdllm-llama": "llama", "qwen3": "qwen3"}
+# model_type -> the architecture that runs it. The low-rank families' exports have names of their own.
+ARCHITECTURES = {
+    "llama": "llama",
+    **dict.fromkeys(("svdllm-llama", "asvd_llama", "svdllama", "lowrank_llama", "basis_sharing_llama"), "llama"),
+    "qwen3": "qwen3",
+    **dict.fromkeys(("asvd_qwen3", "lowrank_qwen3"), "qwen3"),
+}
 
 _Json = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """Projections: the one place where a model's matrices reach a kernel."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,9 +10,9 @@ from jaxsvd.kernels import Backend, shape_of
 from jaxsvd.weights import Weights
 
 
-def parameter(value: Any) -> nnx.Param:
+def parameter(value: Any, place: Callable[[Any], jax.Array] = jax.device_put) -> nnx.Param:
     """An `nnx.Param` on the default device; a `jax.ShapeDtypeStruct` stays one."""
-    return nnx.Param(value if isinstance(value, jax.ShapeDtypeStruct) else jax.device_put(value))
+    return nnx.Param(value if isinstance(value, jax.ShapeDtypeStruct) else place(value))
 
 
 class Projections(nnx.Module):
@@ -47,7 +47,7 @@ class Projections(nnx.Module):
             arrays = [jax.ShapeDtypeStruct(shape, weights.dtype) for shape in self.plan.array_shapes]
         else:
             arrays = backend.pack(self.plan, group)
-        self.arrays = nnx.List([parameter(array) for array in arrays])
+        self.arrays = nnx.List([parameter(array, weights.place) for array in arrays])
         self.biases = nnx.List([parameter(offset) for _, offset in loaded if offset is not None])
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:

@@ -44,6 +44,10 @@ class Weights(Protocol):
         """The projection `path`, dense or factored, and its bias (outputs,) where it has one."""
         ...
 
+    def place(self, array: np.ndarray) -> jax.Array:
+        """Put an array of packed matrices on the device; arrays of equal content may become one."""
+        ...
+
 
 class AbstractWeights:
     """Shapes and dtypes without values, dense or at given ranks: to lower, count or check a model."""
@@ -67,6 +71,10 @@ class AbstractWeights:
         if rank is None:
             return Dense(self.make(path, inputs, outputs)), offset
         return Factored(self.make(path + ".u", inputs, rank), self.make(path + ".v", rank, outputs)), offset
+
+    def place(self, array: np.ndarray) -> jax.Array:
+        """See `Weights.place`."""
+        return jax.device_put(array)
 
 
 class RandomWeights(AbstractWeights):

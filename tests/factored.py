@@ -4,6 +4,7 @@ The tensor names are spelled out here, apart from `jaxsvd.checkpoint.families`, 
 """
 
 import copy
+import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,11 @@ from safetensors.numpy import load_file, save_file
 NAMES = {
     "svd-llm": ("{stem}_v_proj", "{stem}_u_proj"),
     "svd-llm-hf": ("{path}.v_proj", "{path}.u_proj"),
+    "asvd": ("{path}.BLinear", "{path}.ALinear"),
+    "dobi-svd": ("{path}.ALinear", "{path}.BLinear"),
+    "kfac-svd": ("{path}.mod_a", "{path}.mod_b"),
+    "aa-svd": ("{path}.V", "{path}.U"),
+    "dynrank": ("{path}.first", "{path}.second"),
 }
 MIXED_RANKS = (7, 13, None, 1, 20, 16, 5, 2)  # all below the break-even of the tiny models' matrices
 
@@ -56,9 +62,15 @@ def mixed_ranks(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
     return {path: rank for path, rank in pairs if rank is not None}
 
 
+@functools.lru_cache(maxsize=512)
+def _svd(data: bytes, shape: tuple[int, int], dtype: str):
+    """Many tests factor the same few matrices."""
+    return np.linalg.svd(np.frombuffer(data, dtype).reshape(shape), full_matrices=False)
+
+
 def factor(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """(out, in) to the factors as they are stored, (rank, in) and (out, rank), by SVD."""
-    u, s, vt = np.linalg.svd(weight, full_matrices=False)
+    u, s, vt = _svd(weight.tobytes(), weight.shape, weight.dtype.name)
     root = np.sqrt(s[:rank])
     return root[:, None] * vt[:rank], u[:, :rank] * root
 

@@ -107,6 +107,14 @@ def test_no_pickle():
             assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), path
 
 
+def test_only_the_converter_looks_into_pickles():
+    assert importers("pickletools") == {"jaxsvd.checkpoint.pickles"}
+    assert importers("jaxsvd.checkpoint.pickles") == {"jaxsvd.checkpoint.torchfiles"}
+    assert importers("jaxsvd.checkpoint.torchfiles") == {"jaxsvd.checkpoint.convert"}
+    assert importers("jaxsvd.checkpoint.convert") == {"jaxsvd.cli"}  # in the function that runs the command
+    assert "jaxsvd.checkpoint.pickles" not in loaded_by("import jaxsvd.api, jaxsvd.cli, jaxsvd.checkpoint.read")
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_files_are_short(path):
     limit = 200 if path.parent.name == "models" else 500

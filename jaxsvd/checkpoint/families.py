@@ -1,29 +1,50 @@
 """How low-rank matrices are named in checkpoints. A new family is a new row of `LAYOUTS`."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxsvd.checkpoint.files import Entry
 from jaxsvd.errors import ModelError
 
 
 class Layout(NamedTuple):
-    """Templates of a factored matrix's tensors. `{path}` is the projection's HF path, `{stem}` that without `_proj`.
+    """Templates of a factored matrix's tensors.
 
-    `down` is stored (r, in) and is our U transposed; `up` is stored (out, r) and is our V transposed.
+    `{path}` is the projection's HF path (`model.layers.0.self_attn.q_proj`), `{stem}` that without `_proj`, `{short}`
+    the last part of the stem (`q`), `{layer}` the number of the layer. `down` is stored (r, in) and is our U
+    transposed; `up` is stored (out, r) and is our V transposed. `keys` are what config.json has where a matrix is
+    stored so: they decide where names and shapes leave a choice.
     """
 
     name: str
     down: str
     up: str
+    elsewhere: str = ""  # a second name of the same down factor
+    keys: tuple[str, ...] = ()
 
 
 LAYOUTS = (
     # SVD-LLM v1 and v2, and SVD-Flash (its current files factor the MLP only, the legacy ones attention too).
-    Layout("svd-llm", "{stem}_v_proj", "{stem}_u_proj"),
+    Layout("svd-llm", "{stem}_v_proj.weight", "{stem}_u_proj.weight"),
     # SVD-LLM's Hugging Face export.
-    Layout("svd-llm-hf", "{path}.v_proj", "{path}.u_proj"),
+    Layout("svd-llm-hf", "{path}.v_proj.weight", "{path}.u_proj.weight"),
+    # ASVD, and LowRankArena's own layout; Dobi-SVD has the same names the other way round.
+    Layout("asvd", "{path}.BLinear.weight", "{path}.ALinear.weight", keys=("truncation_ranks", "low_rank_modules")),
+    Layout("dobi-svd", "{path}.ALinear.weight", "{path}.BLinear.weight", keys=("dobi_target_modules",)),
+    # Basis Sharing: the layers of a group share `down`, and `up` has the name of the dense matrix.
+    Layout("basis-sharing", "{stem}_basis.weight", "{path}.weight", elsewhere="model.{short}_basis.{layer}.weight"),
+    # KFAC-SVD (LEMS), below `wrapped_model.`.
+    Layout("kfac-svd", "{path}.mod_a.weight", "{path}.mod_b.weight"),
+    Layout("aa-svd", "{path}.V.weight", "{path}.U.weight"),
+    # DynRank, with factors that are parameters or modules.
+    Layout("dynrank", "{path}.first", "{path}.second"),
+    Layout("dynrank", "{path}.first.weight", "{path}.second.weight"),
 )
+# Basis Sharing says in config.json which layers share the basis of which projection: {"k_groups": [[0, 1], [2, 3]]}.
+GROUPS = {
+    "self_attn": {name: f"{name}_groups" for name in "qkvo"},
+    "mlp": {name: f"{name}_groups" for name in ("gate", "up", "down")},
+}
 
 
 class Stored(NamedTuple):
@@ -34,6 +55,8 @@ class Stored(NamedTuple):
     up: str | None = None
     bias: str | None = None
     rank: int | None = None
+    layout: str | None = None
+    copies: tuple[str, ...] = ()  # further names of `down`, whose tensors must be equal to it
 
 
 class Findings(NamedTuple):
@@ -44,21 +67,37 @@ class Findings(NamedTuple):
     problems: list[str]
 
 
-def find(entries: Mapping[str, Entry], path: str, inputs: int, outputs: int, bias: bool) -> Findings:
+def find(
+    entries: Mapping[str, Entry],
+    path: str,
+    inputs: int,
+    outputs: int,
+    bias: bool,
+    raw: Mapping[str, Any] | None = None,
+    partners: tuple[str, ...] = (),
+) -> Findings:
     """Look for a projection (inputs, outputs) under every name that it may have.
 
     Names are built from the path and looked up, never parsed, so `v_proj`, `v_v_proj` and `v_proj.v_proj` can't be
     taken for each other.
+
+    Args:
+        entries: the tensors of the checkpoint.
+        path: the HF path of the projection.
+        inputs: its width.
+        outputs: its outputs.
+        bias: whether it has one.
+        raw: config.json, asked only where the tensors leave a choice.
+        partners: the projections that share a down factor with it, in the order in which to look for it (`sharing`).
     """
-    stem = path.removesuffix("_proj")
-    candidates = [Stored(weight=f"{path}.weight")] if f"{path}.weight" in entries else []
-    for layout in LAYOUTS:
-        down, up = (f"{template.format(path=path, stem=stem)}.weight" for template in (layout.down, layout.up))
-        if down in entries or up in entries:
-            candidates.append(Stored(down=down, up=up))
-    names = {name for stored in candidates for name in stored[:3] if name and name in entries}
-    problems = []
-    if not candidates:
+    factored = [stored for layout in LAYOUTS if (stored := _candidate(entries, layout, path, partners or (path,)))]
+    factored, problems = _one_order(entries, factored, inputs, outputs, raw or {})
+    candidates = list(factored)
+    if f"{path}.weight" in entries and all(stored.up != f"{path}.weight" for stored in factored):
+        candidates.insert(0, Stored(weight=f"{path}.weight"))
+    named = [name for stored in candidates for name in (*stored[:3], *stored.copies)]
+    names = {name for name in named if name and name in entries}
+    if not candidates and not problems:
         problems.append(f"missing: {path}.weight ({outputs}, {inputs}), dense or factored")
     if len(candidates) > 1:
         problems.append(f"duplicate: {path} is given as {' and as '.join(_names(stored) for stored in candidates)}")
@@ -77,6 +116,82 @@ def find(entries: Mapping[str, Entry], path: str, inputs: int, outputs: int, bia
         return Findings(None, names, problems)
     stored = candidates[0]._replace(bias=biases[0] if bias else None)
     return Findings(stored._replace(rank=entries[stored.down].shape[0] if stored.down else None), names, [])
+
+
+def _spell(template: str, path: str) -> str:
+    parts = path.split(".")
+    stem = path.removesuffix("_proj")
+    return template.format(
+        path=path, stem=stem, short=stem.split(".")[-1], layer=parts[2] if parts[:2] == ["model", "layers"] else ""
+    )
+
+
+def _candidate(entries: Mapping[str, Entry], layout: Layout, path: str, partners: tuple[str, ...]) -> Stored | None:
+    """The projection in this layout, if any of its tensors is there."""
+    up = _spell(layout.up, path)
+    downs = [_spell(t, partner) for t in (layout.down, layout.elsewhere) if t for partner in partners]
+    present = [name for name in dict.fromkeys(downs) if name in entries]
+    if not present and (up not in entries or up == f"{path}.weight"):
+        return None
+    down, *copies = present or [_spell(layout.down, partners[0])]
+    return Stored(down=down, up=up, layout=layout.name, copies=tuple(copies))
+
+
+def _one_order(
+    entries: Mapping[str, Entry], found: list[Stored], inputs: int, outputs: int, raw: Mapping[str, Any]
+) -> tuple[list[Stored], list[str]]:
+    """Of ASVD's and Dobi-SVD's reading of the same two tensors, keep the one that their shapes allow.
+
+    The shapes decide but where r = in = out, when both tensors are square: then config.json does.
+    """
+    either = [stored for stored in found if stored.layout in ("asvd", "dobi-svd")]
+    if len(either) < 2:
+        return found, []
+    rest = [stored for stored in found if stored not in either]
+    fitting = [stored for stored in either if not _mis_shaped(entries, stored, inputs, outputs)]
+    if len(fitting) != 1:
+        keys = {layout.name: layout.keys for layout in LAYOUTS}
+        named = [stored for stored in either if any(key in raw for key in keys[stored.layout or ""])]
+        if len(named) == 1:
+            return [*rest, *named], []
+        if fitting:
+            down, up = either[0].down, either[0].up
+            return rest, [
+                f"ambiguous: {up} and {down} are both square, so they may be ASVD's or Dobi-SVD's, and config.json "
+                "names neither: add `truncation_ranks` for ASVD, or `dobi_target_modules` for Dobi-SVD"
+            ]
+    return [*rest, *(fitting or either[:1])], []
+
+
+def sharing(raw: Mapping[str, Any], paths: Mapping[str, Any]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Who shares a down factor with whom, as config.json says: path → where to look for its factor, and problems.
+
+    That is `low_rank.shared` of our own folders, {path: the path that holds the factor}, and Basis Sharing's groups.
+    """
+    partners: dict[str, tuple[str, ...]] = {}
+    problems = []
+    descriptor = raw.get("low_rank")
+    shared = descriptor.get("shared", {}) if isinstance(descriptor, dict) else {}
+    if not isinstance(shared, dict):
+        return {}, ["config.json: low_rank.shared is no object of matrix paths to matrix paths"]
+    for path, owner in shared.items():
+        if path not in paths or not isinstance(owner, str) or owner not in paths or owner in shared:
+            problems.append(f"config.json: low_rank.shared says that {path} has the factor of {owner}, which it can't")
+        else:
+            partners[path] = (owner, path)
+    for module, keys in GROUPS.items():
+        for short, key in keys.items():
+            groups = raw.get(key) or []
+            if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
+                problems.append(f"config.json: {key} is no list of lists of layers")
+                continue
+            for group in groups:
+                members = tuple(f"model.layers.{layer}.{module}.{short}_proj" for layer in group)
+                if unknown := [path for path in members if path not in paths or path in partners]:
+                    problems.append(f"config.json: {key} has {unknown[0]}, which is not there or in another group")
+                else:
+                    partners |= dict.fromkeys(members, members)
+    return partners, problems
 
 
 def _mis_shaped(entries: Mapping[str, Entry], stored: Stored, inputs: int, outputs: int) -> list[str]:
@@ -110,6 +225,15 @@ def _names(stored: Stored) -> str:
 
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
+
+
+def advice(name: str) -> str:
+    """What to do about an unexpected tensor, where that is known."""
+    if ".lora_" in name:
+        return ": `jaxsvd convert` merges LoRA pairs"
+    if name.startswith("lm_head"):
+        return ": `jaxsvd convert` multiplies a factored head out"
+    return ""
 
 
 def listing(folder: object, problems: list[str]) -> ModelError:

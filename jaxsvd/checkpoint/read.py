@@ -1,15 +1,17 @@
 """From a folder to a model: strict, tensor by tensor, never two copies of a weight."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from jaxsvd.checkpoint.families import Stored, find, listing
-from jaxsvd.checkpoint.files import TensorFiles
+from jaxsvd.checkpoint.families import Findings, Stored, advice, find, listing, sharing
+from jaxsvd.checkpoint.files import TensorFiles, Tensors
 from jaxsvd.config import ModelConfig, read_json
 from jaxsvd.errors import ModelError
 from jaxsvd.kernels import Backend, Dense, Factored, Matrix
@@ -25,13 +27,15 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 class Checkpoint:
     """A model folder whose files are known to hold exactly the model that config.json describes.
 
-    Opening reads headers only. Raises ModelError that lists all missing, unexpected, mis-shaped and duplicate tensors.
+    Opening reads headers only, and tensors that are stored twice. The converter gives `files` and `raw`, the config.
+
+    Raises ModelError that lists all missing, unexpected, mis-shaped and duplicate tensors.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, files: Tensors | None = None, raw: dict[str, Any] | None = None) -> None:
         self.folder = Path(folder)
-        self.raw = read_json(self.folder / "config.json")
-        self.files = TensorFiles(self.folder)
+        self.raw = unwrapped(raw or read_json(self.folder / "config.json"))
+        self.files = files or TensorFiles(self.folder)
         entries = self.files.entries
         config = ModelConfig.from_hf(self.raw)
         tied = config.tied if config.tied is not None else _HEAD not in entries
@@ -50,14 +54,21 @@ class Checkpoint:
                 problems.append(f"missing: {name} {shape}")
             elif entries[name].shape != shape:
                 problems.append(f"mis-shaped: {name} is {entries[name].shape}, expected {shape}")
+        self.arrays = tuple(expected.arrays)
+        partners, wrong = sharing(self.raw, expected.matrices)
+        problems += wrong
         for path, demand in expected.matrices.items():
-            found = find(entries, path, *demand)
+            found = find(entries, path, *demand, self.raw, partners.get(path, ()))
             known |= found.names
-            problems += found.problems
+            problems += found.problems + self._ungrouped(path, demand[1], found)
             if found.stored:
                 self.matrices[path] = found.stored
-        problems += self._head_problems()
-        problems += [f"unexpected: {name} {entries[name].shape}" for name in entries if not self._is_known(name, known)]
+        problems += self._head_problems() + self._copy_problems()
+        problems += [
+            f"unexpected: {name} {entries[name].shape}{advice(name)}"
+            for name in entries
+            if not self._is_known(name, known)
+        ]
         problems += self._descriptor_problems()
         if problems:
             raise listing(self.folder, problems)
@@ -66,6 +77,39 @@ class Checkpoint:
     def ranks(self) -> dict[str, int]:
         """The rank of every factored matrix by its path."""
         return {path: stored.rank for path, stored in self.matrices.items() if stored.rank is not None}
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Path → the path that holds its down factor, for every matrix whose factor another one holds."""
+        owners: dict[str | None, str] = {}
+        for path, stored in self.matrices.items():
+            owners.setdefault(stored.down, path)
+        return {
+            path: owners[stored.down]
+            for path, stored in self.matrices.items()
+            if stored.down and owners[stored.down] != path
+        }
+
+    def _ungrouped(self, path: str, outputs: int, found: Findings) -> list[str]:
+        """Compressors that know no grouped queries give keys and values as many heads as the queries have."""
+        every = self.config.num_heads * self.config.head_dim
+        if not found.problems or outputs == every or not path.endswith((".k_proj", ".v_proj")):
+            return []
+        if not any(problem.startswith("mis-shaped") and f"is ({every}, " in problem for problem in found.problems):
+            return []
+        return [
+            f"{path} has the outputs of {self.config.num_heads} heads, config.json has {self.config.num_kv_heads} "
+            "(num_key_value_heads): it was compressed as if each head had its own keys and values, and can't be used"
+        ]
+
+    def _copy_problems(self) -> list[str]:
+        """A shared factor may be stored under several names; it must then be the same each time."""
+        pairs = {(stored.down, copy): path for path, stored in self.matrices.items() for copy in stored.copies}
+        return [
+            f"unexpected: {copy} differs from {down}, but config.json says that {path} shares that factor"
+            for (down, copy), path in pairs.items()
+            if down and not np.array_equal(self.files.read(down), self.files.read(copy))
+        ]
 
     def _is_known(self, name: str, known: set[str]) -> bool:
         # Old Llama files carry the rotary frequencies, which follow from the config.
@@ -101,6 +145,14 @@ class Checkpoint:
         return build(self.config, CheckpointWeights(self, dtype, progress), backend)
 
 
+def unwrapped(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config of the model itself: KFAC-SVD puts it, whole, into another one."""
+    inner = raw.get("base_config")
+    if raw.get("model_type") != "low_rank_compressed" or not isinstance(inner, dict):
+        return raw
+    return {"model_type": raw.get("base_model_type")} | inner
+
+
 class CheckpointWeights:
     """The `jaxsvd.weights.Weights` of a checkpoint."""
 
@@ -108,10 +160,23 @@ class CheckpointWeights:
         self.dtype = np.dtype(dtype)
         self._checkpoint = checkpoint
         self._progress = progress or (lambda count: None)
+        self._told: set[str] = set()
+        self._placed: dict[Any, jax.Array] | None = {} if checkpoint.shared else None
+
+    def place(self, array: np.ndarray) -> jax.Array:
+        """See `Weights.place`. Where layers share factors, arrays of equal content become one."""
+        if self._placed is None:
+            return jax.device_put(array)
+        content = np.ascontiguousarray(array)
+        key = (content.shape, content.dtype.name, hashlib.blake2b(content.view(np.uint8).data).digest())
+        if key not in self._placed:
+            self._placed[key] = jax.device_put(array)
+        return self._placed[key]
 
     def _read(self, name: str) -> np.ndarray:
         array = self._checkpoint.files.read(name)
-        self._progress(array.nbytes)
+        self._progress(0 if name in self._told else array.nbytes)  # a shared factor is read for each of its layers
+        self._told.add(name)
         return array
 
     def _cast(self, array: np.ndarray, name: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from jaxsvd.checkpoint.files import INDEX
 from jaxsvd.errors import UsageError
 
 SHARD_BYTES = 5 * 10**9
+FORMAT_VERSION = 1  # of the low_rank entry in config.json
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 
 
@@ -50,10 +51,10 @@ def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer and whatever else lies beside the weights, but the weights' index."""
+    """Copy the tokenizer and whatever else lies beside the weights, but what describes these weights only."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
-            if path.name != INDEX:
+            if not path.name.endswith(".index.json") and path.name != "adapter_config.json":
                 shutil.copyfile(path, target / path.name)
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from jaxsvd import hub
 from jaxsvd.checkpoint.read import Checkpoint
-from jaxsvd.checkpoint.write import atomic_folder, check_target, copy_companions, write_json
+from jaxsvd.checkpoint.write import FORMAT_VERSION, atomic_folder, check_target, copy_companions, write_json
 from jaxsvd.compression.analysis import Analysis
 from jaxsvd.compression.emit import Kept, digest, kept, planned, shapes, write_tensors
 from jaxsvd.compression.options import Options
@@ -29,8 +29,6 @@ from jaxsvd.compression.workspace import Arrays, Workspace
 from jaxsvd.errors import UsageError
 
 logger = logging.getLogger("jaxsvd")
-
-FORMAT_VERSION = 1
 
 
 class Report(NamedTuple):

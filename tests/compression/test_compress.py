@@ -3,6 +3,8 @@ import shutil
 
 import numpy as np
 import pytest
+from jaxsvd.compression.calibrate import calibration_windows, input_moments
+from jaxsvd.compression.svd import Moment, whitened_factors
 from safetensors.numpy import save_file
 
 import jaxsvd
@@ -10,8 +12,6 @@ from jaxsvd import demo
 from jaxsvd.checkpoint.files import TensorFiles
 from jaxsvd.checkpoint.read import Checkpoint
 from jaxsvd.checkpoint.write import TensorWriter, copy_companions, write_json
-from jaxsvd.compression.calibrate import calibration_windows, input_moments
-from jaxsvd.compression.svd import Moment, whitened_factors
 from jaxsvd.errors import UsageError
 from jaxsvd.hub import cache_folder
 

@@ -1,0 +1,245 @@
+"""Any public low-rank checkpoint, pickled or not, into the folder that jaxsvd's own compressor would write."""
+
+import hashlib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxsvd import hub
+from jaxsvd.checkpoint import torchfiles
+from jaxsvd.checkpoint.families import GROUPS, LAYOUTS
+from jaxsvd.checkpoint.files import DTYPES, TensorFiles, Tensors, sharded
+from jaxsvd.checkpoint.merge import has_pairs, merged, with_whole_head
+from jaxsvd.checkpoint.read import Checkpoint, unwrapped
+from jaxsvd.checkpoint.torchfiles import PickledTensors
+from jaxsvd.checkpoint.write import FORMAT_VERSION, TensorWriter, atomic_folder, copy_companions, write_json
+from jaxsvd.config import read_json
+from jaxsvd.errors import ModelError, UsageError
+
+_SETTINGS = "adapter_config.json"
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_PICKLES = ("*.pt", "*.pth", "*.bin")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# What the families' configs say of their tensors, and of the code that would read them; here `low_rank` says it.
+_FAMILY_KEYS = {
+    *(key for layout in LAYOUTS for key in layout.keys),
+    *(key for keys in GROUPS.values() for key in keys.values()),
+    *(f"num_basis_{name}" for keys in GROUPS.values() for name in keys),
+    *("svd_ranks", "rank_dict", "low_rank_method", "low_rank_schema", "low_rank_format_version", "auto_map"),
+}
+
+
+class Report(NamedTuple):
+    """What `convert` found and wrote.
+
+    `family` is "dense" where nothing is factored; the ranks are the least and the greatest, None without any; the
+    fractions are those kept of the projections, of all parameters and of bytes, a shared factor counted once.
+    """
+
+    target: Path
+    family: str
+    factored: int
+    matrices: int
+    shared: int
+    least_rank: int | None
+    greatest_rank: int | None
+    keep_linears: float
+    keep_parameters: float
+    keep_bytes: float
+
+
+class _Source(NamedTuple):
+    tensors: Tensors
+    raw: dict[str, Any]
+    companions: tuple[Path, ...]  # folders with tokenizers and the like; the later ones win
+    pairs: bool = False  # whether LoRA pairs were merged
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    base: str | Path | None = None,
+    *,
+    force: bool = False,
+    progress: bool | None = None,
+) -> Report:
+    """Write a low-rank checkpoint of any known family as an ordinary HF folder with SVD-LLM's tensor names.
+
+    Args:
+        source: a folder, or a single .pt, .bin or .safetensors file. Of pickles, weights are read and nothing is run.
+        target: the folder to write; it appears only when it is complete and has been opened.
+        base: the model that it was made from, for the config and the tokenizer where the source has none, or for the
+            weights that an adapter of LoRA pairs is added to.
+        force: replace `target` if it exists.
+        progress: a progress bar on stderr; by default where stderr is a terminal.
+
+    Raises UsageError for arguments that can't be used, ModelError for a source that can't be read.
+    """
+    target = Path(target)
+    opened = _open(source, hub.resolve(base) if base else None)
+    if target.resolve() in {folder.resolve() for folder in (opened.tensors.folder, *opened.companions)}:
+        raise UsageError(f"{target} is what is to be converted: choose another target")
+    tensors, raw = with_whole_head(opened.tensors, unwrapped(opened.raw))
+    checkpoint = Checkpoint(tensors.folder, tensors, raw)
+    families = sorted({stored.layout for stored in checkpoint.matrices.values() if stored.layout})
+    family = "+".join(families + ["lora"] * opened.pairs) or "dense"
+    hidden = None if progress is None else not progress
+    with atomic_folder(target, force) as partial:
+        total = len(checkpoint.arrays) + len(checkpoint.matrices)
+        with tqdm(desc="converting", total=total, unit="tensor", file=sys.stderr, disable=hidden) as bar:
+            digest = _write(checkpoint, partial, bar.update)
+        report = _report(checkpoint, target, family)
+        for folder in opened.companions:
+            copy_companions(folder, partial)
+        write_json(partial / "config.json", _config(checkpoint, report, str(source), digest))
+        written = Checkpoint(partial)
+        if (written.ranks, written.shared) != (checkpoint.ranks, checkpoint.shared):
+            raise ModelError(f"what was written of {source} reads differently: this is a bug of jaxsvd, report it")
+    return report
+
+
+def _open(source: str | Path, base: Path | None) -> _Source:
+    path = Path(source).expanduser()
+    path = path if path.exists() else hub.resolve(source)
+    if path.is_dir() and (adapter := next((path / name for name in _ADAPTERS if (path / name).exists()), None)):
+        return _open_adapter(adapter, base)
+    tensors = _tensors(path)
+    folder = tensors.folder
+    # A folder knows best what it holds. What lies beside a single file may belong to anything: there the base does.
+    places = [place for place in ((folder, base) if path.is_dir() else (base, folder)) if place]
+    home = next((place for place in places if (place / "config.json").exists()), None)
+    pickled = tensors.config if isinstance(tensors, PickledTensors) else None
+    if home is None and pickled is None:
+        raise UsageError(
+            f"{path} comes without a config.json, as SVD-LLM's pickles do: name the folder of the model that it was "
+            "made from with --base (base=…), for its config and its tokenizer"
+        )
+    raw = read_json(home / "config.json") if home else dict(pickled or {})
+    companions = tuple(reversed(places)) if path.is_dir() else (home,) if home else ()
+    if not has_pairs(tensors):
+        return _Source(tensors, raw, companions)
+    beside = folder / _SETTINGS
+    settings = read_json(beside) if beside.exists() else raw
+    return _Source(merged(tensors, tensors, settings), raw, companions, pairs=True)
+
+
+def _open_adapter(file: Path, base: Path | None) -> _Source:
+    """A PEFT folder: pairs, and the name of the model that they belong to."""
+    folder = file.parent
+    settings = read_json(folder / _SETTINGS)
+    named = settings.get("base_model_name_or_path")
+    if base is None and not (isinstance(named, str) and named):
+        raise UsageError(f"{folder} is an adapter that does not say of which model: name its folder with --base")
+    model = hub.resolve(base or str(named))
+    if any((model / name).exists() for name in _ADAPTERS):
+        raise UsageError(f"{folder} belongs to {model}, which is an adapter itself: convert that one first")
+    below = _open(model, None)
+    tensors = merged(below.tensors, _tensors(file), settings)
+    return _Source(tensors, below.raw, (*below.companions, folder), pairs=True)
+
+
+def _tensors(path: Path) -> Tensors:
+    """The weights of a file or a folder: safetensors where there are any, else pickles."""
+    if path.is_file():
+        kind = TensorFiles if path.suffix == ".safetensors" else PickledTensors
+        return kind(path.parent, [path])
+    if (path / "remapping_weight.pt").exists():
+        raise ModelError(
+            f"{path} holds Dobi-SVD's remapped 8-bit weights (remapping_weight.pt), which jaxsvd does not read: get "
+            "the model's Noremapping version"
+        )
+    if any(path.glob("*.safetensors")):
+        return TensorFiles(path)
+    files, weight_map = sharded(path, torchfiles.INDEX, torchfiles.SINGLE)
+    files = files or sorted(path.glob("pytorch_model-*.bin"))
+    if not files:
+        files = sorted(file for pattern in _PICKLES for file in path.glob(pattern))
+        files = [file for file in files if not file.name.startswith(_NO_WEIGHTS)]
+        if len(files) > 1:
+            raise UsageError(f"{path} holds several files of weights: give one, such as {files[0]}")
+    return PickledTensors(path, files, weight_map) if files else TensorFiles(path)
+
+
+def _write(checkpoint: Checkpoint, partial: Path, progress: Callable[[int], Any]) -> str:
+    """Write all tensors under their standard names, a shared factor below its owner; return the digest of them all."""
+    writer, digest, shared = TensorWriter(partial), hashlib.sha256(), checkpoint.shared
+
+    def put(name: str, stored: str) -> None:
+        array: np.ndarray = checkpoint.files.read(stored)
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        writer.add(name, array)
+
+    for name in checkpoint.arrays:
+        put(name, name)
+        progress(1)
+    for path, stored in checkpoint.matrices.items():
+        stem = path.removesuffix("_proj")
+        if stored.weight:
+            put(f"{path}.weight", stored.weight)
+        if stored.down and path not in shared:
+            put(f"{stem}_v_proj.weight", stored.down)
+        if stored.up:
+            put(f"{stem}_u_proj.weight", stored.up)
+        if stored.bias:
+            put(f"{path}.bias", stored.bias)
+        progress(1)
+    writer.close()
+    return digest.hexdigest()
+
+
+def _report(checkpoint: Checkpoint, target: Path, family: str) -> Report:
+    """Count what is kept of the dense model, each matrix in the dtype that it is stored in."""
+    entries, shared, ranks = checkpoint.files.entries, checkpoint.shared, checkpoint.ranks.values()
+
+    def count(names: list[str]) -> np.ndarray:
+        sizes = [(math.prod(entries[name].shape), DTYPES[entries[name].dtype].itemsize) for name in names]
+        return np.array([sum(n for n, _ in sizes), sum(n * width for n, width in sizes)])
+
+    rest, kept, dense = count(list(checkpoint.arrays)), np.zeros(2, int), np.zeros(2, int)
+    for path, stored in checkpoint.matrices.items():
+        rest += count([stored.bias] if stored.bias else [])
+        kept += count([name for name in (stored.weight, stored.up) if name])
+        kept += count([stored.down] if stored.down and path not in shared else [])
+        if stored.weight:
+            dense += count([stored.weight])
+        elif stored.up and stored.down:
+            elements = entries[stored.up].shape[0] * entries[stored.down].shape[1]
+            dense += np.array([elements, elements * DTYPES[entries[stored.up].dtype].itemsize])
+    (keep_parameters, keep_bytes), keep_linears = (rest + kept) / (rest + dense), kept[0] / dense[0]
+    extremes = (min(ranks), max(ranks)) if ranks else (None, None)
+    sizes = (len(ranks), len(checkpoint.matrices), len(shared))
+    return Report(target, family, *sizes, *extremes, float(keep_linears), float(keep_parameters), float(keep_bytes))
+
+
+def _config(checkpoint: Checkpoint, report: Report, source: str, digest: str) -> dict[str, Any]:
+    """The source's config.json as transformers knows it, with a `low_rank` entry such as the compressor writes."""
+    raw, architecture = checkpoint.raw, checkpoint.config.architecture
+    config = {key: value for key, value in raw.items() if key not in _FAMILY_KEYS | {"low_rank"}} | {
+        "model_type": architecture,
+        "architectures": [_CLASSES[architecture]],
+        "tie_word_embeddings": checkpoint.config.tied,
+    }
+    if not checkpoint.ranks:
+        return config
+    before = raw.get("low_rank") or {}
+    low_rank = {
+        "format_version": FORMAT_VERSION,
+        "method": report.family,
+        "base": {"name": source, "digest": digest},
+        "keep": {
+            "linears": round(report.keep_linears, 6),
+            "parameters": round(report.keep_parameters, 6),
+            "bytes": round(report.keep_bytes, 6),
+        },
+        "ranks": checkpoint.ranks,
+    }
+    # A folder of the standard format knows its history better than its tensors do.
+    low_rank |= {key: before[key] for key in ("method", "base", "calibration") if key in before}
+    return config | {"low_rank": low_rank | ({"shared": checkpoint.shared} if checkpoint.shared else {})}
