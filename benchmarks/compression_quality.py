@@ -10,7 +10,6 @@ all. The handbook comes from Debian's archive, by apt-get, unless --handbook giv
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -84,7 +83,7 @@ def get_handbook(folder: Path) -> Path:
     return path
 
 
-def measure(args: argparse.Namespace, scratch: Path) -> dict:
+def measure(args: argparse.Namespace, scratch: Path) -> None:
     texts = {"in": args.held_out or get_speeches(2000, 2099), "out": args.handbook or get_handbook(scratch)}
     source, calibration = args.model or get_demo_model(), args.calibration or get_speeches(1946, 1999)
 
@@ -94,15 +93,22 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict:
 
     dense = score(source)
     rows = [_row("dense", 1.0, dense, dense)]
+    result = {
+        "command": "python benchmarks/compression_quality.py",
+        "device": jax.local_devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jax", "flax", "numpy")} | {"jaxsvd": jaxsvd.__version__},
+        "windows": WINDOWS,
+        "rows": rows,
+    }
     for method, (options, keeps) in METHODS.items():
         if args.only and args.only not in method:
             continue
         # One analysis for all keeps, and for the refit.
-        work = scratch / "-".join(f"{key}-{value}" for key, value in options.items() if key != "refit")
+        work = scratch / "-".join(["work", *(f"{key}-{value}" for key, value in options.items() if key != "refit")])
         for keep in args.keep or keeps:
             began = time.perf_counter()
             made = jaxsvd.compress(
-                source, scratch / "model", keep, calibration=[calibration], work=work / "w", force=True, **options
+                source, scratch / "model", keep, calibration=[calibration], work=work, force=True, **options
             )
             seconds = time.perf_counter() - began
             row = _row(method, keep, score(made.target), dense)
@@ -110,14 +116,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict:
             row |= {"dense_matrices": made.matrices - len(made.plan.ranks), "peak_bytes": made.peak_bytes}
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
-    return {
-        "command": "python benchmarks/compression_quality.py",
-        "device": jax.local_devices()[0].device_kind,
-        "host": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("jax", "flax", "numpy")} | {"jaxsvd": jaxsvd.__version__},
-        "windows": WINDOWS,
-        "rows": rows,
-    }
+            args.out.write_text(json.dumps(result, indent=1) + "\n")  # what is there survives what may come
 
 
 def _row(method, keep, results, dense):
@@ -163,8 +162,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.render:
         with tempfile.TemporaryDirectory() as scratch:
-            result = measure(args, Path(scratch))
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+            measure(args, Path(scratch))
     result = json.loads(args.out.read_text())
     print(table(result))
     if args.out == RESULT:

@@ -67,7 +67,8 @@ class Evidence:
     def loss_metric(self) -> "Metric":
         """The K-FAC estimate of the loss: ΔW costs tr(G·ΔW·C·ΔWᵀ) (Martens and Grosse 2015).
 
-        Both moments are shrunk, G much, as it is of fewer and heavier-tailed samples.
+        Both moments are shrunk (Ledoit and Wolf 2004), as what was not seen may still come. How much is a trade
+        between text like the calibration's and other text (docs/compression.md).
         """
         assert self.inputs is not None and self.gradients is not None
         gradients = self.gradients.shrunk(GRADIENT_SHRINKAGE)
@@ -75,7 +76,7 @@ class Evidence:
         return Metric(left, self.inputs.shrunk(INPUT_SHRINKAGE))
 
 
-INPUT_SHRINKAGE, GRADIENT_SHRINKAGE = 0.01, 0.3
+INPUT_SHRINKAGE, GRADIENT_SHRINKAGE = 0.05, 0.1
 
 
 class Metric(NamedTuple):

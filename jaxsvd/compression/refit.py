@@ -1,8 +1,9 @@
 """Refitting layer after layer to what the compressed layers before really hand on (AA-SVD, 2026).
 
 With x a matrix's inputs in the dense model and x' those in the compressed one, the best dense replacement of W is
-W* = (W·E[x·x'ᵀ] + λ·W)·(E[x'·x'ᵀ] + λ)⁻¹; its best factors are those in the metric of x'. A matrix that stays dense
-becomes W* itself, which costs nothing. The ridge λ pulls towards W, as few tokens would overfit.
+W* = (W·E[x·x'ᵀ] + λ·W)·(E[x'·x'ᵀ] + λ)⁻¹; its best factors are those in the metric of x'. The ridge λ pulls towards W,
+as few tokens would overfit. For the same reason a matrix that stays dense stays as it is: W* would cost nothing, and
+was worse on text that it had not seen (docs/compression.md).
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from jaxsvd.compression.plan import Plan
 from jaxsvd.compression.width import kept_neurons
 from jaxsvd.compression.workspace import Arrays
 
-RIDGE = 1e-3  # of the mean power of x'
+RIDGE = 1e-2  # of the mean power of x'
 
 
 class Refit:
@@ -31,7 +32,7 @@ class Refit:
         return {"dense": x, "compressed": x}
 
     def step(self, index: int, carry: Arrays) -> tuple[Arrays, Arrays]:
-        """Refit a layer: the carry behind it, and `{path}.up` and `.down`, or `{path}.weight`, of every matrix."""
+        """Refit a layer: the carry behind it, and `{path}.up` and `.down`, or `{path}.weight`, of what changed."""
         evidence = self._analysis.evidence(index)
         dense = self._passes.load(index)
         kept = self._kept(index)
@@ -57,25 +58,21 @@ class Refit:
     def _matrix(
         self, path: str, crossed: np.ndarray, squared: np.ndarray, known: Evidence, kept: np.ndarray | None
     ) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
-        """What to store of a matrix, and the dense matrix (out, in) that it stands for."""
+        """What changes of a matrix, and the dense matrix (out, in) that it then stands for."""
         stored = self._analysis.weight(path)
-        weight = stored.astype(np.float64)
+        weight, product = stored.astype(np.float64), np.zeros_like(stored)
+        if kept is not None and path.endswith((".gate_proj", ".up_proj")):
+            product[kept] = stored[kept]
+            return {"weight": stored[kept]}, product
         if kept is not None and path.endswith(".down_proj"):
             smaller = _refitted(weight, crossed[:, kept], squared[np.ix_(kept, kept)], kept).astype(stored.dtype)
-            product = np.zeros_like(stored)
             product[:, kept] = smaller
             return {"weight": smaller}, product
-        best = _refitted(weight, crossed, squared)
-        if kept is not None and path.endswith((".gate_proj", ".up_proj")):
-            product = np.zeros_like(stored)
-            product[kept] = best[kept]
-            return {"weight": product[kept]}, product
-        rank = self._plan.ranks.get(path)
-        if rank is None:
-            best = best.astype(stored.dtype)
-            return {"weight": best}, best
+        if path not in self._plan.ranks:
+            return {}, stored
         known.inputs = Moment(squared)
-        found = factor(best, METHODS[self._analysis.options.method].metric(known), rank)
+        metric = METHODS[self._analysis.options.method].metric(known)
+        found = factor(_refitted(weight, crossed, squared), metric, self._plan.ranks[path])
         up, down = found.up.astype(stored.dtype), found.down.astype(stored.dtype)
         return {"up": up, "down": down}, up.astype(np.float32) @ down.astype(np.float32)
 

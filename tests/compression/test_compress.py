@@ -151,7 +151,7 @@ def test_widths_that_disagree_with_the_tensors_are_refused(make, tmp_path, width
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["low_rank"]["widths"] = widths
     write_json(tmp_path / "model" / "config.json", config)
-    with pytest.raises(ModelError, match="mis-shaped|low_rank.widths"):
+    with pytest.raises(ModelError, match=r"mis-shaped|low_rank.widths"):
         Checkpoint(tmp_path / "model")
 
 
