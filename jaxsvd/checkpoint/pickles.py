@@ -99,7 +99,7 @@ class Refused(Exception):
 def unpickle(data: bytes) -> Any:
     """What a pickle describes, of numbers, strings, containers, `Tensor`s and `Bag`s. Raises `Refused` with the reason.
 
-    Sets become lists or tuples, the bytes of protocol 2 None, and keys that are no text keys of their own. What comes out
+    Sets become lists or tuples, the bytes of protocol 2 None, and keys that are no text keys of their own. The result
     takes memory in proportion to the pickle: objects are shared as the pickle shares them, never copied.
     """
     machine = _Machine()

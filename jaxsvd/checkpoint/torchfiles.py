@@ -181,7 +181,7 @@ def _config(bag: Any) -> dict[str, Any] | None:
         return value is None or isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**63)
 
     def plain(value: Any) -> bool:
-        values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,)
+        values = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
         return len(values) <= _LARGEST_CONFIG and all(flat(item) for item in values)
 
     fields = {name: value for name, value in _items(bag.state) if not name.startswith("_") and plain(value)}

@@ -16,10 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxsvd import hub
-from jaxsvd.checkpoint.read import Checkpoint
+from jaxsvd.checkpoint.read import Checkpoint, Kept
 from jaxsvd.checkpoint.write import FORMAT_VERSION, atomic_folder, check_target, copy_companions, write_json
 from jaxsvd.compression.analysis import Analysis
-from jaxsvd.compression.emit import Kept, digest, kept, planned, shapes, write_tensors
+from jaxsvd.compression.emit import digest, kept, planned, shapes, write_tensors
 from jaxsvd.compression.options import Options
 from jaxsvd.compression.plan import Cost, Plan, global_plan, parameters, rank_options, uniform_plan, width_options
 from jaxsvd.compression.refit import Refit

@@ -426,6 +426,67 @@ def test_the_standard_folder_keeps_its_history(factored, tmp_path):
     assert set(low_rank["keep"]) == {"linears", "parameters", "bytes"}
 
 
+@pytest.fixture
+def narrowed(llama, tmp_path):
+    """(what the compressor writes with --width: the first MLP has 40 neurons of 96; its tensors)."""
+    tensors, config = read_tensors(llama[0]), read_config(llama[0])
+    for kind in ("gate", "up"):
+        tensors[f"{MLP}.{kind}_proj.weight"] = tensors[f"{MLP}.{kind}_proj.weight"][:40]
+    tensors[f"{MLP}.down_proj.weight"] = tensors[f"{MLP}.down_proj.weight"][:, :40]
+    config["low_rank"] = HISTORY | {"ranks": {}, "widths": {MLP: 40}}
+    return write_folder(tmp_path / "narrowed", tensors, config), tensors
+
+
+MLP = "model.layers.0.mlp"
+HISTORY = {
+    "format_version": 1,
+    "method": "kfac",
+    "allocate": "global",
+    "base": {"name": "n", "digest": "d"},
+    "calibration": {"tokens": 5},
+    "keep": {"asked": 0.8, "linears": 0.1, "parameters": 0.1, "bytes": 0.1},
+    "predicted_loss": 0.5,
+}
+
+
+@pytest.mark.parametrize("ranks", [{}, {Q: 20}])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_narrower_mlps(llama, narrowed, adapter, ranks, tmp_path, rng):
+    source, tensors = narrowed
+    if ranks:
+        write_factored(source, source, ranks)
+        config = read_config(source)
+        config["low_rank"]["ranks"] = ranks
+        write_folder(source, read_tensors(source), config)
+    converted = source
+    if adapter:
+        converted = write_adapter(tmp_path / "adapter", lora(llama, rng, ("model.layers.1.mlp.down_proj",))[0])
+    report = convert(converted, tmp_path / "target", source if adapter else None)
+    low_rank = read_config(tmp_path / "target")["low_rank"]
+    assert low_rank["ranks"] == ranks and low_rank["widths"] == {MLP: 40}
+    assert {name: value for name, value in low_rank.items() if name in HISTORY and name != "keep"} == {
+        name: value for name, value in HISTORY.items() if name != "keep"
+    }
+    whole, found = (
+        sum(array.size for name, array in read_tensors(folder).items() if "_proj.weight" in name)
+        for folder in (llama[0], tmp_path / "target")
+    )
+    assert report.keep_linears == pytest.approx(found / whole) == Checkpoint(source).keep.linears
+    rounded = dict(zip(("linears", "parameters", "bytes"), (round(value, 6) for value in report[-3:]), strict=True))
+    assert low_rank["keep"] == {"asked": 0.8} | rounded
+    if not adapter:
+        target = read_tensors(tmp_path / "target")
+        assert target.keys() == read_tensors(source).keys()
+        assert all((target[name] == array).all() for name, array in tensors.items() if name in target)
+
+
+@pytest.mark.parametrize("based", [True, False])
+def test_where_it_comes_from(llama, factored, based, tmp_path):
+    convert(factored[0], tmp_path / "target", llama[0] if based else None)
+    low_rank = read_config(tmp_path / "target")["low_rank"]
+    assert low_rank["source"] == str(factored[0]) and low_rank.get("base") == (str(llama[0]) if based else None)
+
+
 def test_dobi_remapped(llama, tmp_path):
     write_folder(tmp_path / "x", {}, read_config(llama[0]))
     (tmp_path / "x" / "remapping_weight.pt").write_bytes(b"")
