@@ -1,5 +1,6 @@
 """Any public low-rank checkpoint, pickled or not, into the folder that jaxsvd's own compressor would write."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,16 @@ from tqdm import tqdm
 from jaxsvd import hub
 from jaxsvd.checkpoint import torchfiles
 from jaxsvd.checkpoint.families import GROUPS, LAYOUTS
-from jaxsvd.checkpoint.files import TensorFiles, Tensors, sharded
+from jaxsvd.checkpoint.files import INDEX, SINGLE, TensorFiles, Tensors, sharded
 from jaxsvd.checkpoint.merge import has_pairs, merged, with_whole_head
 from jaxsvd.checkpoint.read import Checkpoint, unwrapped
 from jaxsvd.checkpoint.torchfiles import PickledTensors
 from jaxsvd.checkpoint.write import FORMAT_VERSION, TensorWriter, atomic_folder, copy_companions, write_json
 from jaxsvd.config import read_json
 from jaxsvd.errors import ModelError, UsageError
+from jaxsvd.tokenizer import has_tokenizer
+
+logger = logging.getLogger("jaxsvd")
 
 _SETTINGS = "adapter_config.json"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -93,6 +97,10 @@ def convert(
             _write(checkpoint, partial, bar.update)
         for folder in opened.companions:
             copy_companions(folder, partial)
+        if not has_tokenizer(partial):
+            logger.warning(
+                "%s gets no tokenizer: copy one there, or give a folder that has one with --base (base=…)", target
+            )
         origin = {"source": str(source)} | ({"base": str(base)} if base else {})
         write_json(partial / "config.json", _config(checkpoint, family, origin))
         written = Checkpoint(partial)
@@ -110,17 +118,17 @@ def _open(source: str | Path, base: Path | None) -> _Source:
         return _open_adapter(adapter, base)
     tensors = _tensors(path)
     folder = tensors.folder
-    # A folder knows best what it holds. What lies beside a single file may belong to anything: there the base does.
-    places = [place for place in ((folder, base) if path.is_dir() else (base, folder)) if place]
-    home = next((place for place in places if (place / "config.json").exists()), None)
     pickled = tensors.config if isinstance(tensors, PickledTensors) else None
-    if home is None and pickled is None:
+    # A folder knows best what it holds. What lies beside a single file may belong to anything.
+    order = (folder, base, pickled) if path.is_dir() else (base, pickled, folder)
+    home = next((c for c in order if c and (isinstance(c, dict) or (c / "config.json").exists())), None)
+    if home is None:
         raise UsageError(
             f"{path} comes without a config.json, as SVD-LLM's pickles do: name the folder of the model that it was "
             "made from with --base (base=…), for its config and its tokenizer"
         )
-    raw = read_json(home / "config.json") if home else dict(pickled or {})
-    companions = tuple(reversed(places)) if path.is_dir() else (home,) if home else ()
+    raw = home if isinstance(home, dict) else read_json(home / "config.json")
+    companions = tuple(place for place in (base, folder if path.is_dir() or home == folder else None) if place)
     if not has_pairs(tensors):
         return _Source(tensors, raw, companions)
     beside = folder / _SETTINGS
@@ -144,7 +152,7 @@ def _open_adapter(file: Path, base: Path | None) -> _Source:
 
 
 def _tensors(path: Path) -> Tensors:
-    """The weights of a file or a folder: safetensors where there are any, else pickles."""
+    """The weights of a file or a folder: safetensors where they are complete, else pickles, else what there is."""
     if path.is_file():
         kind = TensorFiles if path.suffix == ".safetensors" else PickledTensors
         return kind(path.parent, [path])
@@ -153,10 +161,12 @@ def _tensors(path: Path) -> Tensors:
             f"{path} holds Dobi-SVD's remapped 8-bit weights (remapping_weight.pt), which jaxsvd does not read: get "
             "the model's Noremapping version"
         )
-    if any(path.glob("*.safetensors")):
+    if sharded(path, INDEX, SINGLE)[0]:
         return TensorFiles(path)
     files, weight_map = sharded(path, torchfiles.INDEX, torchfiles.SINGLE)
     files = files or sorted(path.glob("pytorch_model-*.bin"))
+    if not files and any(path.glob("*.safetensors")):
+        return TensorFiles(path)
     if not files:
         files = sorted(file for pattern in _PICKLES for file in path.glob(pattern))
         files = [file for file in files if not file.name.startswith(_NO_WEIGHTS)]
