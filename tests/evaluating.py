@@ -55,7 +55,7 @@ KEPT = 1 - (64 * 96 - 16 * (64 + 96)) / (2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64
 
 
 def with_rank(folder, target, path="model.layers.0.mlp.up_proj", rank=16):
-    """A copy with one projection of low rank, that keeps `KEPT` of all projections, but whose config.json doesn't say."""
+    """A copy with one projection of low rank, which keeps `KEPT` of all projections; its config.json doesn't say so."""
     copy_model(folder, target)
     tensors = {name: np.array(array) for name, array in load_file(target / "model.safetensors").items()}
     u, s, vt = np.linalg.svd(tensors.pop(f"{path}.weight"), full_matrices=False)
