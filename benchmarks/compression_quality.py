@@ -22,7 +22,7 @@ import jax
 
 import jaxsvd
 from jaxsvd.demo import get_demo_model, get_speeches
-from jaxsvd.evaluate.perplexity import compare, perplexity
+from jaxsvd.evaluate import compare, perplexity
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "compression_smollm2.json"

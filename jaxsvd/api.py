@@ -22,7 +22,7 @@ from jaxsvd.config import ModelConfig, end_of_text_ids
 from jaxsvd.engine import Engine, Score
 from jaxsvd.errors import UsageError
 from jaxsvd.sampling import per_row
-from jaxsvd.tokenizer import Message, StopMatcher, TextStream, Tokenizer
+from jaxsvd.tokenizer import Message, StopMatcher, TextStream, Tokenizer, has_tokenizer
 
 logger = logging.getLogger("jaxsvd")
 
@@ -196,7 +196,7 @@ class _Session:
         )
         self._sampling = per_row(len(prompts), **options)
         needs_text = bool(stops) or any(map(_is_text, prompts))
-        tokenizer = model.tokenizer if needs_text or _has_tokenizer(model.folder) else None
+        tokenizer = model.tokenizer if needs_text or has_tokenizer(model.folder) else None
         self._rows = [_Row(tokenizer, stop_ids, stops) for _ in prompts]
         self._compiled_before = len(model.engine.compiled)
         self._start = self._first = self._end = 0.0
@@ -246,7 +246,7 @@ class _Session:
 
 
 def load(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | Checkpoint,
     dtype: Any = None,
     backend: str = "auto",
     progress: bool | None = None,
@@ -255,7 +255,7 @@ def load(
     """Load a model, dense or low-rank.
 
     Args:
-        model: a registry name (`qwen3-4b`), a Hub id (`Qwen/Qwen3-4B`) or a folder.
+        model: a registry name (`qwen3-4b`), a Hub id (`Qwen/Qwen3-4B`), a folder or an opened `Checkpoint`.
         dtype: of weights and activations: "float32", "bfloat16", "float16" or a dtype. Default: bfloat16 on
             accelerators, float32 on CPU, where the others are many times slower.
         backend: who multiplies: "auto" or "xla".
@@ -266,8 +266,8 @@ def load(
     """
     start = time.perf_counter()
     chosen, kernel = _dtype(dtype), kernels.choose(backend)
-    folder = hub.resolve(model)
-    checkpoint = Checkpoint(folder)
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(hub.resolve(model))
+    folder = checkpoint.folder
     ends = end_of_text_ids(folder, checkpoint.raw)
     use_compilation_cache()
     bar = tqdm(
@@ -336,10 +336,6 @@ def _is_one_prompt(prompts: Any) -> bool:
     if not hasattr(prompts, "__len__") or isinstance(prompts, dict):
         raise UsageError("prompts must be a string, chat messages or token ids, or a list of these")
     return len(prompts) > 0 and isinstance(prompts[0], dict | int | float | np.number)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def _peak_bytes() -> int:

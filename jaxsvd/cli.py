@@ -54,6 +54,9 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # the reader of a pipe has had enough
         sys.stderr.close()
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return JaxsvdError.exit_code
     except KeyboardInterrupt:
         return 130
     finally:
@@ -225,20 +228,20 @@ def _perplexity_arguments(parser: argparse.ArgumentParser) -> None:
 
 def perplexity(args: argparse.Namespace) -> None:
     """Measure how well models predict texts, in windows that do not overlap."""
-    from jaxsvd.evaluate import report
-    from jaxsvd.evaluate.perplexity import measure
+    from jaxsvd import plots
+    from jaxsvd.evaluate import measure, report
 
     if not args.text:
         raise UsageError("there is no text: give --text FILE")
     models, progress = [args.model, *args.compare], False if args.quiet else None
     if args.plot:
-        report.check_plot(args.plot, models)
+        plots.check(args.plot)
     rows = measure(
         models, args.text, args.window, args.windows, args.batch_size, args.dtype, args.backend, progress=progress
     )
+    print(json.dumps(report.as_json(rows, window=args.window)) if args.json else report.table(rows), flush=True)
     if args.plot:
         report.plot(rows, args.plot)
-    print(json.dumps(report.as_json(rows, window=args.window)) if args.json else report.table(rows))
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,11 @@ Message = dict[str, Any]
 _HALF = "\ufffd"  # what incomplete bytes decode to
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has one, working or not."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 class Tokenizer:
     """The tokenizer of a model folder. Raises ModelError where the folder has none that works."""
 

@@ -11,7 +11,6 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Raw
 
 TEXT = "Four score and seven years ago our fathers brought forth on this continent, a new nation. " * 4
-HALF = {"asked": 0.5, "linears": 0.5}
 SPECIAL = ("<s>", "</s>", "<unk>")
 TEMPLATE = (
     "{% for message in messages %}{{ '[' + message['role'] + '] ' + message['content'] + '\n' }}{% endfor %}"
@@ -52,8 +51,11 @@ def copy_model(folder, target):
     return shutil.copytree(folder, target)
 
 
-def with_rank(folder, target, keep=HALF, path="model.layers.0.mlp.up_proj", rank=16):
-    """A copy with one projection of low rank, and what config.json says that it kept (default: half)."""
+KEPT = 1 - (64 * 96 - 16 * (64 + 96)) / (2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96))
+
+
+def with_rank(folder, target, path="model.layers.0.mlp.up_proj", rank=16):
+    """A copy with one projection of low rank, which keeps `KEPT` of all projections; its config.json doesn't say so."""
     copy_model(folder, target)
     tensors = {name: np.array(array) for name, array in load_file(target / "model.safetensors").items()}
     u, s, vt = np.linalg.svd(tensors.pop(f"{path}.weight"), full_matrices=False)
@@ -62,6 +64,6 @@ def with_rank(folder, target, keep=HALF, path="model.layers.0.mlp.up_proj", rank
     tensors[f"{stem}_v_proj.weight"] = np.ascontiguousarray(vt[:rank])
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((target / "config.json").read_text("utf-8"))
-    low_rank = {"format_version": 1, "method": "svd", "keep": keep, "ranks": {path: rank}}
+    low_rank = {"format_version": 1, "method": "svd", "ranks": {path: rank}}
     (target / "config.json").write_text(json.dumps(config | {"low_rank": low_rank}), "utf-8")
     return target

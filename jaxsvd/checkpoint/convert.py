@@ -1,25 +1,26 @@
 """Any public low-rank checkpoint, pickled or not, into the folder that jaxsvd's own compressor would write."""
 
-import hashlib
-import math
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from jaxsvd import hub
 from jaxsvd.checkpoint import torchfiles
 from jaxsvd.checkpoint.families import GROUPS, LAYOUTS
-from jaxsvd.checkpoint.files import DTYPES, TensorFiles, Tensors, sharded
+from jaxsvd.checkpoint.files import INDEX, SINGLE, TensorFiles, Tensors, sharded
 from jaxsvd.checkpoint.merge import has_pairs, merged, with_whole_head
 from jaxsvd.checkpoint.read import Checkpoint, unwrapped
 from jaxsvd.checkpoint.torchfiles import PickledTensors
 from jaxsvd.checkpoint.write import FORMAT_VERSION, TensorWriter, atomic_folder, copy_companions, write_json
 from jaxsvd.config import read_json
 from jaxsvd.errors import ModelError, UsageError
+from jaxsvd.tokenizer import has_tokenizer
+
+logger = logging.getLogger("jaxsvd")
 
 _SETTINGS = "adapter_config.json"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -93,15 +94,21 @@ def convert(
     with atomic_folder(target, force) as partial:
         total = len(checkpoint.arrays) + len(checkpoint.matrices)
         with tqdm(desc="converting", total=total, unit="tensor", file=sys.stderr, disable=hidden) as bar:
-            digest = _write(checkpoint, partial, bar.update)
-        report = _report(checkpoint, target, family)
+            _write(checkpoint, partial, bar.update)
         for folder in opened.companions:
             copy_companions(folder, partial)
-        write_json(partial / "config.json", _config(checkpoint, report, str(source), digest))
+        if not has_tokenizer(partial):
+            logger.warning(
+                "%s gets no tokenizer: copy one there, or give a folder that has one with --base (base=…)", target
+            )
+        origin = {"source": str(source)} | ({"base": str(base)} if base else {})
+        write_json(partial / "config.json", _config(checkpoint, family, origin))
         written = Checkpoint(partial)
         if (written.ranks, written.shared) != (checkpoint.ranks, checkpoint.shared):
             raise ModelError(f"what was written of {source} reads differently: this is a bug of jaxsvd, report it")
-    return report
+    ranks, keep = checkpoint.ranks.values(), checkpoint.keep
+    extremes = (min(ranks), max(ranks)) if ranks else (None, None)
+    return Report(target, family, len(ranks), len(checkpoint.matrices), len(checkpoint.shared), *extremes, *keep)
 
 
 def _open(source: str | Path, base: Path | None) -> _Source:
@@ -111,17 +118,17 @@ def _open(source: str | Path, base: Path | None) -> _Source:
         return _open_adapter(adapter, base)
     tensors = _tensors(path)
     folder = tensors.folder
-    # A folder knows best what it holds. What lies beside a single file may belong to anything: there the base does.
-    places = [place for place in ((folder, base) if path.is_dir() else (base, folder)) if place]
-    home = next((place for place in places if (place / "config.json").exists()), None)
     pickled = tensors.config if isinstance(tensors, PickledTensors) else None
-    if home is None and pickled is None:
+    # A folder knows best what it holds. What lies beside a single file may belong to anything.
+    order = (folder, base, pickled) if path.is_dir() else (base, pickled, folder)
+    home = next((c for c in order if c and (isinstance(c, dict) or (c / "config.json").exists())), None)
+    if home is None:
         raise UsageError(
             f"{path} comes without a config.json, as SVD-LLM's pickles do: name the folder of the model that it was "
             "made from with --base (base=…), for its config and its tokenizer"
         )
-    raw = read_json(home / "config.json") if home else dict(pickled or {})
-    companions = tuple(reversed(places)) if path.is_dir() else (home,) if home else ()
+    raw = home if isinstance(home, dict) else read_json(home / "config.json")
+    companions = tuple(place for place in (base, folder if path.is_dir() or home == folder else None) if place)
     if not has_pairs(tensors):
         return _Source(tensors, raw, companions)
     beside = folder / _SETTINGS
@@ -145,7 +152,7 @@ def _open_adapter(file: Path, base: Path | None) -> _Source:
 
 
 def _tensors(path: Path) -> Tensors:
-    """The weights of a file or a folder: safetensors where there are any, else pickles."""
+    """The weights of a file or a folder: safetensors where they are complete, else pickles, else what there is."""
     if path.is_file():
         kind = TensorFiles if path.suffix == ".safetensors" else PickledTensors
         return kind(path.parent, [path])
@@ -154,10 +161,12 @@ def _tensors(path: Path) -> Tensors:
             f"{path} holds Dobi-SVD's remapped 8-bit weights (remapping_weight.pt), which jaxsvd does not read: get "
             "the model's Noremapping version"
         )
-    if any(path.glob("*.safetensors")):
+    if sharded(path, INDEX, SINGLE)[0]:
         return TensorFiles(path)
     files, weight_map = sharded(path, torchfiles.INDEX, torchfiles.SINGLE)
     files = files or sorted(path.glob("pytorch_model-*.bin"))
+    if not files and any(path.glob("*.safetensors")):
+        return TensorFiles(path)
     if not files:
         files = sorted(file for pattern in _PICKLES for file in path.glob(pattern))
         files = [file for file in files if not file.name.startswith(_NO_WEIGHTS)]
@@ -166,15 +175,12 @@ def _tensors(path: Path) -> Tensors:
     return PickledTensors(path, files, weight_map) if files else TensorFiles(path)
 
 
-def _write(checkpoint: Checkpoint, partial: Path, progress: Callable[[int], Any]) -> str:
-    """Write all tensors under their standard names, a shared factor below its owner; return the digest of them all."""
-    writer, digest, shared = TensorWriter(partial), hashlib.sha256(), checkpoint.shared
+def _write(checkpoint: Checkpoint, partial: Path, progress: Callable[[int], Any]) -> None:
+    """Write all tensors under their standard names, a shared factor below its owner."""
+    writer, shared = TensorWriter(partial), checkpoint.shared
 
     def put(name: str, stored: str) -> None:
-        array: np.ndarray = checkpoint.files.read(stored)
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-        writer.add(name, array)
+        writer.add(name, checkpoint.files.read(stored))
 
     for name in checkpoint.arrays:
         put(name, name)
@@ -191,34 +197,9 @@ def _write(checkpoint: Checkpoint, partial: Path, progress: Callable[[int], Any]
             put(f"{path}.bias", stored.bias)
         progress(1)
     writer.close()
-    return digest.hexdigest()
 
 
-def _report(checkpoint: Checkpoint, target: Path, family: str) -> Report:
-    """Count what is kept of the dense model, each matrix in the dtype that it is stored in."""
-    entries, shared, ranks = checkpoint.files.entries, checkpoint.shared, checkpoint.ranks.values()
-
-    def count(names: list[str]) -> np.ndarray:
-        sizes = [(math.prod(entries[name].shape), DTYPES[entries[name].dtype].itemsize) for name in names]
-        return np.array([sum(n for n, _ in sizes), sum(n * width for n, width in sizes)])
-
-    rest, kept, dense = count(list(checkpoint.arrays)), np.zeros(2, int), np.zeros(2, int)
-    for path, stored in checkpoint.matrices.items():
-        rest += count([stored.bias] if stored.bias else [])
-        kept += count([name for name in (stored.weight, stored.up) if name])
-        kept += count([stored.down] if stored.down and path not in shared else [])
-        if stored.weight:
-            dense += count([stored.weight])
-        elif stored.up and stored.down:
-            elements = entries[stored.up].shape[0] * entries[stored.down].shape[1]
-            dense += np.array([elements, elements * DTYPES[entries[stored.up].dtype].itemsize])
-    (keep_parameters, keep_bytes), keep_linears = (rest + kept) / (rest + dense), kept[0] / dense[0]
-    extremes = (min(ranks), max(ranks)) if ranks else (None, None)
-    sizes = (len(ranks), len(checkpoint.matrices), len(shared))
-    return Report(target, family, *sizes, *extremes, float(keep_linears), float(keep_parameters), float(keep_bytes))
-
-
-def _config(checkpoint: Checkpoint, report: Report, source: str, digest: str) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, family: str, origin: dict[str, str]) -> dict[str, Any]:
     """The source's config.json as transformers knows it, with a `low_rank` entry such as the compressor writes."""
     raw, architecture = checkpoint.raw, checkpoint.config.architecture
     config = {key: value for key, value in raw.items() if key not in _FAMILY_KEYS | {"low_rank"}} | {
@@ -226,20 +207,12 @@ def _config(checkpoint: Checkpoint, report: Report, source: str, digest: str) ->
         "architectures": [_CLASSES[architecture]],
         "tie_word_embeddings": checkpoint.config.tied,
     }
-    if not checkpoint.ranks:
-        return config
-    before = raw.get("low_rank") or {}
-    low_rank = {
-        "format_version": FORMAT_VERSION,
-        "method": report.family,
-        "base": {"name": source, "digest": digest},
-        "keep": {
-            "linears": round(report.keep_linears, 6),
-            "parameters": round(report.keep_parameters, 6),
-            "bytes": round(report.keep_bytes, 6),
-        },
-        "ranks": checkpoint.ranks,
-    }
     # A folder of the standard format knows its history better than its tensors do.
-    low_rank |= {key: before[key] for key in ("method", "base", "calibration") if key in before}
-    return config | {"low_rank": low_rank | ({"shared": checkpoint.shared} if checkpoint.shared else {})}
+    before = raw.get("low_rank") or {}
+    if not checkpoint.ranks and not before:
+        return config
+    keep = {name: round(value, 6) for name, value in checkpoint.keep._asdict().items()}
+    asked = before["keep"] if isinstance(before.get("keep"), dict) else {}
+    low_rank = {"format_version": FORMAT_VERSION, "method": family} | origin | before
+    low_rank |= {"keep": asked | keep, "ranks": checkpoint.ranks, "shared": checkpoint.shared}
+    return config | {"low_rank": {key: value for key, value in low_rank.items() if key != "shared" or value}}

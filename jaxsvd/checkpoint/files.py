@@ -98,7 +98,7 @@ def sharded(folder: Path, index: str, single: str) -> tuple[list[Path], dict[str
 
 
 class TensorFiles(Tensors):
-    """All tensors of a folder by name, from one file or from the shards that the index lists.
+    """All tensors of a folder by name, from the shards that the index lists or from its one file, whatever its name.
 
     `paths` are the files to read where they go by other names.
     Raises ModelError where the folder has no safetensors, a file is damaged, or index and shards disagree.
@@ -107,8 +107,9 @@ class TensorFiles(Tensors):
     def __init__(self, folder: Path, paths: Sequence[Path] = ()) -> None:
         self.folder = folder
         found, weight_map = (list(paths), {}) if paths else sharded(folder, INDEX, SINGLE)
-        if not found:
-            self._refuse()
+        found = found or list(folder.glob("*.safetensors"))  # SVD-Flash's has a name of its own
+        if len(found) != 1 and not (paths or weight_map):
+            self._refuse(found)
         self._files = {path: _open(path) for path in found}
         self.entries, self.problems = collect(self._headers(), weight_map)
 
@@ -118,7 +119,12 @@ class TensorFiles(Tensors):
                 piece = file.get_slice(name)
                 yield Entry(path, piece.get_dtype(), tuple(piece.get_shape()), name)
 
-    def _refuse(self) -> None:
+    def _refuse(self, found: Sequence[Path]) -> None:
+        if found:
+            raise ModelError(
+                f"{self.folder} has no {SINGLE} and no {INDEX}, but several others "
+                f"({_some(path.name for path in found)}): leave the model's there only, or get the index as well"
+            )
         if pickles := [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern)]:
             raise ModelError(
                 f"{self.folder} holds pickled weights ({_some(pickles)}) and no safetensors: jaxsvd runs no pickle; "

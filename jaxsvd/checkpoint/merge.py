@@ -16,6 +16,8 @@ from jaxsvd.errors import ModelError
 # How PEFT ends the names of a pair's first factor, and what it adds to the module that the pair belongs to.
 _FIRST = (".lora_A.weight", ".lora_A.default.weight")
 _WRAPPED = ".base_layer"
+# Initialisations that take away from the base what they give to the pair.
+_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Edited(Tensors):
@@ -89,6 +91,12 @@ def _refuse_other_kinds(settings: Mapping[str, Any]) -> None:
     for key in ("use_dora", "fan_in_fan_out", "alora_invocation_tokens", "lora_bias"):
         if settings.get(key):
             raise ModelError(f"adapter_config.json has {key}: jaxsvd merges plain LoRA pairs; merge it with PEFT")
+    start = str(settings.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGING):
+        raise ModelError(
+            f"adapter_config.json has init_lora_weights {start!r}, which changes the base weights too: merge it with "
+            "PEFT first"
+        )
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:

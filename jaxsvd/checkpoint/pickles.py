@@ -14,7 +14,7 @@ from typing import Any
 # The packages that pickled models name classes and functions of. Their names are kept, their code is not looked for.
 INERT = (
     *("component", "modules", "models", "transformers", "transformers_modules", "tokenizers", "peft", "accelerate"),
-    *("torch.nn", "torch._C._nn"),
+    *("torch.nn", "torch._C._nn", "__main__"),
 )
 # Storage classes: what safetensors calls their elements, and how many bytes one has.
 _STORAGES = {
@@ -99,7 +99,8 @@ class Refused(Exception):
 def unpickle(data: bytes) -> Any:
     """What a pickle describes, of numbers, strings, containers, `Tensor`s and `Bag`s. Raises `Refused` with the reason.
 
-    Sets become lists, and the bytes of protocol 2 become None.
+    Sets become lists or tuples, the bytes of protocol 2 None, and keys that are no text keys of their own. The result
+    takes memory in proportion to the pickle: objects are shared as the pickle shares them, never copied.
     """
     machine = _Machine()
     try:
@@ -109,7 +110,7 @@ def unpickle(data: bytes) -> Any:
             except Refused as refused:
                 raise Refused(f"{str(refused)[:300]} (at byte {position} of its data.pkl)") from None
         (result,) = machine.stack
-    except (ValueError, TypeError, LookupError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError, MemoryError) as error:
         raise Refused(f"its data.pkl is damaged ({error})") from None
     return result
 
@@ -198,7 +199,9 @@ class _Machine:
     def _build(target: Any, state: Any) -> None:
         if isinstance(target, Bag):
             target.state = state
-        elif not isinstance(target, dict | Tensor):  # an OrderedDict's and a parameter's attributes are of no use
+        elif target is not None and not isinstance(
+            target, dict | Tensor
+        ):  # an OrderedDict's and a parameter's attributes are of no use
             raise Refused(f"it sets attributes of {describe(target)}")
 
 
@@ -208,10 +211,8 @@ def describe(value: Any) -> str:
 
 
 def _key(key: Any) -> Any:
-    """A key of a dictionary; what may be costly or impossible to hash becomes one of its own."""
-    plain = (str, int, float, bool, bytes, type(None))
-    flat = isinstance(key, plain) or (isinstance(key, tuple) and all(isinstance(item, plain) for item in key))
-    return key if flat else object()
+    """A key of a dictionary; what is no text, and may be costly to hash each time, becomes one of its own."""
+    return key if isinstance(key, str) else object()
 
 
 def _known(module: Any, name: Any) -> Global:
@@ -250,12 +251,16 @@ def _typed(function: Any, kind: Any, arguments: Any, *rest: Any) -> Any:
     return _call(function, arguments)
 
 
-def _dictionary(pairs: Any = (), *rest: Any) -> dict[Any, Any]:
-    return {_key(key): value for key, value in pairs}
+def _dictionary(*rest: Any) -> dict[Any, Any]:
+    if rest:
+        raise Refused("it makes a dictionary of something else, which torch.save never does")
+    return {}
 
 
-def _sequence(items: Any = (), *rest: Any) -> list[Any]:
-    return list(items)
+def _sequence(items: Any = (), *rest: Any) -> Any:
+    if not isinstance(items, list | tuple):
+        raise Refused(f"it makes a sequence of {describe(items)}")
+    return items  # not a copy: a pickle may ask for a million
 
 
 def _object(kind: Any, *rest: Any) -> Bag:
@@ -281,6 +286,9 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "__builtin__.set": _sequence,
     "builtins.frozenset": _sequence,
     "__builtin__.frozenset": _sequence,
+    "numpy.dtype": _nothing,  # a loss beside the weights
+    "numpy.core.multiarray.scalar": _nothing,
+    "numpy._core.multiarray.scalar": _nothing,
     "_codecs.encode": _nothing,  # how protocol 2 writes bytes: a tokenizer's, of no use here
     "copyreg._reconstructor": _object,
     "copy_reg._reconstructor": _object,

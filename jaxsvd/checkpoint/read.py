@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     from jaxsvd.models.llama import Llama
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class Kept(NamedTuple):
+    """The fractions kept of a dense model: of the parameters of all projections, of all parameters, of all bytes."""
+
+    linears: float
+    parameters: float
+    bytes: float
 
 
 class Checkpoint:
@@ -90,6 +99,27 @@ class Checkpoint:
             if stored.down and owners[stored.down] != path
         }
 
+    @property
+    def keep(self) -> Kept:
+        """What is kept of the dense model of this config, a shared factor counted once.
+
+        A dense matrix is taken to be of the dtype that this one is stored in.
+        """
+        dense_shapes = _expectations(dataclasses.replace(self.config, mlp_widths=())).matrices
+        rest, kept, dense, shared = self._size(*self.arrays), np.zeros(2, int), np.zeros(2, int), self.shared
+        for path, stored in self.matrices.items():
+            inputs, outputs, _ = dense_shapes[path]
+            kept += self._size(stored.weight, stored.up, None if path in shared else stored.down)
+            rest += self._size(stored.bias)
+            dense += inputs * outputs * np.array([1, self.files.itemsize(stored.weight or stored.up or "")])
+        parameters, nbytes = (rest + kept) / (rest + dense)
+        return Kept(float(kept[0] / dense[0]), float(parameters), float(nbytes))
+
+    def _size(self, *names: str | None) -> np.ndarray:
+        """The elements and the bytes of tensors."""
+        counts = [(math.prod(self.files.entries[name].shape), self.files.itemsize(name)) for name in names if name]
+        return np.array([sum(count for count, _ in counts), sum(count * size for count, size in counts)])
+
     def _ungrouped(self, path: str, outputs: int, found: Findings) -> list[str]:
         """Compressors that know no grouped queries give keys and values as many heads as the queries have."""
         every = self.config.num_heads * self.config.head_dim
@@ -104,12 +134,17 @@ class Checkpoint:
 
     def _copy_problems(self) -> list[str]:
         """A shared factor may be stored under several names; it must then be the same each time."""
-        pairs = {(stored.down, copy): path for path, stored in self.matrices.items() for copy in stored.copies}
-        return [
-            f"unexpected: {copy} differs from {down}, but config.json says that {path} shares that factor"
-            for (down, copy), path in pairs.items()
-            if down and not np.array_equal(self.files.read(down), self.files.read(copy))
-        ]
+        sets = {(stored.down, stored.copies): path for path, stored in self.matrices.items() if stored.copies}
+        problems = []
+        for (down, copies), path in sets.items():
+            assert down
+            factor = self.files.read(down)
+            problems += [
+                f"unexpected: {copy} differs from {down}, but config.json says that {path} shares that factor"
+                for copy in copies
+                if not np.array_equal(factor, self.files.read(copy))
+            ]
+        return problems
 
     def _is_known(self, name: str, known: set[str]) -> bool:
         # Old Llama files carry the rotary frequencies, which follow from the config.

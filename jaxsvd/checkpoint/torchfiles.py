@@ -3,7 +3,7 @@
 import mmap
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,11 @@ from jaxsvd.errors import ModelError
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
-# A model of 1000 layers has some 10^4 modules; a graph that is made to be walked for ever has more.
-_MOST_MODULES = 10**6
+# A model of 1000 layers has some 10^4 modules and tensors; a graph that is made to be walked for ever has more.
+_MOST_MEMBERS = 200_000
 _DEEPEST = 64
+_LONGEST_NAME = 256
+_LARGEST_CONFIG = 10_000  # fields, and items in one of them
 _MOST_DIMENSIONS = 8
 _LARGEST_PICKLE = 1 << 26  # bytes of the pickle itself; a 70B model's has some 10^6
 
@@ -53,6 +55,8 @@ class _Archive:
                 raise Refused(f"it holds {name} twice")
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
                 raise Refused(f"its {name} is compressed or encrypted, which torch.save never does")
+            if member.header_offset < 0:
+                raise Refused(f"its {name} lies before its beginning")
             header = self._map[member.header_offset : member.header_offset + 30]
             if header[:4] != b"PK\x03\x04":
                 raise Refused(f"its {name} is not where its directory says")
@@ -123,14 +127,16 @@ def _weights(root: Any) -> _Pickled:
             state = root.state if isinstance(root.state, dict) else {}
             return _Pickled(dict(_module_tensors(root)), _config(state.get("config")))
         if isinstance(root, dict):
-            if tensors := {name: value for name, value in root.items() if isinstance(value, Tensor)}:
-                return _Pickled({str(name): tensor for name, tensor in tensors.items()}, None)
-            inner = next((root[key] for key in ("model", "state_dict", "model_state_dict", "module") if key in root), 0)
-            if inner:
+            # Beside the weights there may be loose tensors, such as the loss.
+            values = (root.get(key) for key in ("model", "state_dict", "model_state_dict", "module"))
+            if inner := next((value for value in values if value and isinstance(value, dict | Bag)), None):
                 root = inner
                 continue
+            if tensors := {name: value for name, value in _items(root) if isinstance(value, Tensor)}:
+                _check_names("", tensors)
+                return _Pickled(tensors, None)
         break
-    found = ", ".join(map(str, list(root)[:5])) if isinstance(root, dict) else describe(root)
+    found = ", ".join(name[:50] for name, _ in list(_items(root))[:5]) if isinstance(root, dict) else describe(root)
     raise Refused(f"it holds no weights under a known name, but {found or 'nothing'}")
 
 
@@ -140,17 +146,25 @@ def _module_tensors(root: Bag) -> Iterator[tuple[str, Tensor]]:
     while waiting:
         prefix, module, depth = waiting.pop()
         state = module.state if isinstance(module.state, dict) else {}
-        met += 1
-        if met > _MOST_MODULES or depth > _DEEPEST:
+        parameters, buffers, modules = (
+            dict(_items(state.get(f"_{kind}"))) for kind in ("parameters", "buffers", "modules")
+        )
+        passing = state.get("_non_persistent_buffers_set")
+        passing = passing if isinstance(passing, list | tuple) else ()
+        met += len(parameters) + len(buffers) + len(modules) + len(passing)
+        if met > _MOST_MEMBERS or depth > _DEEPEST:
             raise Refused("its modules hold each other without end")
-        passing = state.get("_non_persistent_buffers_set") or []
-        for group in ("_parameters", "_buffers"):
-            for name, value in _items(state.get(group)):
-                if isinstance(value, Tensor) and not (group == "_buffers" and name in passing):
-                    yield prefix + name, value
-        for name, value in _items(state.get("_modules")):
-            if isinstance(value, Bag):
-                waiting.append((f"{prefix}{name}.", value, depth + 1))
+        _check_names(prefix, [*parameters, *buffers, *modules])
+        passing = {name for name in passing if isinstance(name, str)}
+        for name, value in (parameters | {name: buffers[name] for name in buffers if name not in passing}).items():
+            if isinstance(value, Tensor):
+                yield prefix + name, value
+        waiting += [(f"{prefix}{name}.", value, depth + 1) for name, value in modules.items() if isinstance(value, Bag)]
+
+
+def _check_names(prefix: str, names: Iterable[str]) -> None:
+    if any(len(prefix) + len(name) > _LONGEST_NAME for name in names):
+        raise Refused(f"it has names of more than {_LONGEST_NAME} characters")
 
 
 def _items(group: Any) -> Iterator[tuple[str, Any]]:
@@ -160,15 +174,15 @@ def _items(group: Any) -> Iterator[tuple[str, Any]]:
 
 def _config(bag: Any) -> dict[str, Any] | None:
     """The attributes of a pickled config that JSON can hold; its class, not they, says the model_type."""
-    if not isinstance(bag, Bag) or not isinstance(bag.state, dict):
+    if not isinstance(bag, Bag) or not isinstance(bag.state, dict) or len(bag.state) > _LARGEST_CONFIG:
         return None
 
     def flat(value: Any) -> bool:
-        return value is None or isinstance(value, str | int | float)
+        return value is None or isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**63)
 
     def plain(value: Any) -> bool:
-        values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,)
-        return all(flat(item) for item in values)
+        values = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        return len(values) <= _LARGEST_CONFIG and all(flat(item) for item in values)
 
     fields = {name: value for name, value in _items(bag.state) if not name.startswith("_") and plain(value)}
     parts = bag.kind.module.split(".")  # transformers.models.llama.configuration_llama

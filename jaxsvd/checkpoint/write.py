@@ -20,7 +20,10 @@ _COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 
 
 def check_target(target: Path, force: bool = False) -> None:
-    """Raises UsageError where `target` exists and `force` is not given, or it is no model folder."""
+    """Raises UsageError where `target` exists and `force` is not given, or no model folder can be there."""
+    above = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"{target} can't be a folder: {above} is a file; choose another target")
     if target.exists() and not force:
         raise UsageError(f"{target} exists: choose another target, or replace it with --force (force=True)")
     if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
@@ -54,7 +57,7 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer and whatever else lies beside the weights, but what describes these weights only."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
-            if not path.name.endswith(".index.json") and path.name != "adapter_config.json":
+            if path.is_file() and not path.name.endswith(".index.json") and path.name != "adapter_config.json":
                 shutil.copyfile(path, target / path.name)
 
 

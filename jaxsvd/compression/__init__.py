@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from jaxsvd import hub
-from jaxsvd.checkpoint.read import Checkpoint
+from jaxsvd import hub, plots
+from jaxsvd.checkpoint.read import Checkpoint, Kept
 from jaxsvd.checkpoint.write import FORMAT_VERSION, atomic_folder, check_target, copy_companions, write_json
 from jaxsvd.compression.analysis import Analysis
-from jaxsvd.compression.emit import Kept, digest, kept, planned, shapes, write_tensors
+from jaxsvd.compression.emit import digest, kept, planned, shapes, write_tensors
 from jaxsvd.compression.options import Options
 from jaxsvd.compression.plan import Cost, Plan, global_plan, parameters, rank_options, uniform_plan, width_options
 from jaxsvd.compression.refit import Refit
-from jaxsvd.compression.report import check_picture, draw
+from jaxsvd.compression.report import draw
 from jaxsvd.compression.text import DEFAULT_TOKENS, WINDOW, calibration_windows
 from jaxsvd.compression.workspace import Arrays, Workspace
 from jaxsvd.errors import UsageError
@@ -121,7 +121,7 @@ def compress(
     if not dry_run:
         check_target(target, force)
     if report:
-        check_picture(Path(report))
+        plots.check(Path(report))
     hidden = target.parent / f".{target.name}.work"
     if hidden.exists() and not (work or resume or force):
         raise UsageError(

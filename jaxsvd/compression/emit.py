@@ -3,25 +3,16 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from jaxsvd.checkpoint.read import Checkpoint
+from jaxsvd.checkpoint.read import Checkpoint, Kept
 from jaxsvd.checkpoint.write import TensorWriter
 from jaxsvd.compression.analysis import Analysis
 from jaxsvd.compression.methods import Moment
 from jaxsvd.compression.plan import Plan, Shape
 from jaxsvd.compression.width import kept_neurons, repaired
 from jaxsvd.compression.workspace import Arrays
-
-
-class Kept(NamedTuple):
-    """The fractions that a plan keeps: of the parameters of all projections, of all parameters, of all bytes."""
-
-    linears: float
-    parameters: float
-    bytes: float
 
 
 def kept(checkpoint: Checkpoint, plan: Plan) -> Kept:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxsvd import plots
 from jaxsvd.compression.plan import Plan, Shape
-from jaxsvd.errors import JaxsvdError, UsageError
 
 if TYPE_CHECKING:
     from jaxsvd.compression import Report
@@ -33,18 +33,6 @@ def table(report: "Report") -> str:
     return "\n".join(lines)
 
 
-def check_picture(path: Path) -> None:
-    """Raises UsageError where no picture can be written there, JaxsvdError where matplotlib is missing."""
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UsageError(f"{path} is no picture: expected a name that ends in .png, .pdf or .svg")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path} can't be written: there is no folder {path.parent}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise JaxsvdError("drawing needs matplotlib: pip install 'jaxsvd[plot]'") from None
-
-
 def draw(
     path: Path, shapes: dict[str, Shape], plan: Plan, loss_at: Callable[[float], float | None] | None = None
 ) -> None:
@@ -56,9 +44,7 @@ def draw(
         plan: the plan.
         loss_at: the predicted loss of the plan for another keep, None where that keep is out of reach.
     """
-    import matplotlib as mpl
     import numpy as np
-    from matplotlib.figure import Figure
 
     layers = len(shapes) // len(KINDS)
     kept = np.ones((len(KINDS), layers))
@@ -70,9 +56,9 @@ def draw(
                 kept[row, layer] = plan.ranks[name] * (inputs + outputs) / (inputs * outputs)
             elif width:
                 kept[row, layer] = width / max(inputs, outputs)
-    figure = Figure(figsize=(10, 6 if loss_at else 3.2), layout="constrained")
+    figure = plots.figure(10, 6 if loss_at else 3.2)
     upper, *lower = figure.subplots(2 if loss_at else 1, 1, squeeze=False)[:, 0]
-    image = upper.imshow(kept, aspect="auto", vmin=0, vmax=1, cmap=mpl.colormaps["viridis"])
+    image = upper.imshow(kept, aspect="auto", vmin=0, vmax=1, cmap="viridis")
     upper.set(title="kept of each projection (1: dense)", xlabel="layer", yticks=range(len(KINDS)), yticklabels=KINDS)
     figure.colorbar(image, ax=upper)
     if loss_at:

@@ -1,5 +1,5 @@
 """How good a model is: perplexity, and an adapter to lm-evaluation-harness (`jaxsvd.evaluate.harness`)."""
 
-from jaxsvd.evaluate.perplexity import Comparison, Result, compare, perplexity
+from jaxsvd.evaluate.scoring import Comparison, Result, Row, compare, measure, perplexity
 
-__all__ = ["Comparison", "Result", "compare", "perplexity"]
+__all__ = ["Comparison", "Result", "Row", "compare", "measure", "perplexity"]

@@ -121,6 +121,16 @@ def test_state_dict_without_config_asks_for_the_base(llama, factored, tmp_path):
     check_logits(tmp_path / "target", llama[1], factored[1])
 
 
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_stray_config_beside_a_pickle(llama, svd_llm_pickle, with_base, tmp_path, caplog):
+    """What the pickled model says of itself comes before what lies beside it, and --base before both."""
+    path, equal = svd_llm_pickle
+    (path.parent / "config.json").write_text(json.dumps(read_config(llama[0]) | {"rope_theta": 5.0, "vocab_size": 7}))
+    convert(path, tmp_path / "target", llama[0] if with_base else None)
+    check_logits(tmp_path / "target", llama[1], equal)
+    assert "gets no tokenizer" in caplog.text and "--base" in caplog.text
+
+
 def test_dynrank_pickle(llama, tmp_path):
     ranks = mixed_ranks(read_tensors(llama[0]))
     write_factored(llama[0], tmp_path / "x", ranks, "dynrank")
@@ -257,6 +267,7 @@ def test_adapter(llama, named, suffix, tmp_path, rng):
         ({"alpha_pattern": {"self_attn.q_proj": 8, "down_proj": 8}}, 2),
         ({"alpha_pattern": {"elf_attn.q_proj": 8}}, 3),
         ({"lora_alpha": 1.0}, 0.25),
+        ({"init_lora_weights": "gaussian"}, 3),
     ],
 )
 def test_scales(llama, settings, scale, tmp_path, rng):
@@ -272,6 +283,8 @@ def test_scales(llama, settings, scale, tmp_path, rng):
     [
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa_niter_16"}, "merge it with PEFT first"),
+        ({"init_lora_weights": "CorDA"}, "merge it with PEFT first"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"lora_alpha": None}, "lora_alpha None"),
         ({"lora_alpha": "12"}, "lora_alpha '12'"),
@@ -410,6 +423,44 @@ def test_single_safetensors_file(llama, factored, tmp_path):
     check_logits(tmp_path / "target", llama[1], factored[1])
 
 
+def test_a_folder_whose_one_file_has_a_name_of_its_own(llama, factored, tmp_path):
+    """SVD-Flash again: it loads as it is."""
+    (factored[0] / "model.safetensors").rename(factored[0] / "llama-3.2-1b_svd_0.8_weights.safetensors")
+    check_logits(factored[0], llama[1], factored[1])
+    convert(factored[0], tmp_path / "target")
+    check_logits(tmp_path / "target", llama[1], factored[1])
+    shutil.copy(factored[0] / "llama-3.2-1b_svd_0.8_weights.safetensors", factored[0] / "other.safetensors")
+    with pytest.raises(ModelError, match=r"several others \(llama-3.*, other"):
+        Checkpoint(factored[0])
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_safetensors_and_pickles_together(llama, factored, shards, tmp_path):
+    """What is complete is taken."""
+    shutil.copytree(factored[0], tmp_path / "both")
+    pickled(factored[0], shards)
+    save_file({"stray": np.ones(3, np.float32)}, factored[0] / "stray.safetensors")
+    assert convert(factored[0], tmp_path / "a").factored
+    for file in factored[0].glob("pytorch_model*"):
+        (tmp_path / "both" / file.name).write_bytes(b"no pickle at all")
+    assert convert(tmp_path / "both", tmp_path / "b").factored
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+@pytest.mark.parametrize("force", [True, False])
+def test_target_at_a_file(factored, place, force, tmp_path):
+    (tmp_path / "file").write_text("dear")
+    with pytest.raises(UsageError, match="file is a file"):
+        convert(factored[0], tmp_path / place, force=force)
+    assert (tmp_path / "file").read_text() == "dear"
+
+
+def test_folders_with_the_names_of_companions(factored, tmp_path):
+    (factored[0] / "notes.txt").mkdir()
+    convert(factored[0], tmp_path / "target")
+    assert not (tmp_path / "target" / "notes.txt").exists()
+
+
 def test_a_file_with_its_config_beside_it(llama, factored, tmp_path):
     (factored[0] / "model.safetensors").rename(factored[0] / "odd_name.safetensors")
     convert(factored[0] / "odd_name.safetensors", tmp_path / "target")
@@ -424,6 +475,67 @@ def test_the_standard_folder_keeps_its_history(factored, tmp_path):
     low_rank = read_config(tmp_path / "target")["low_rank"]
     assert {key: low_rank[key] for key in history} == history and low_rank["format_version"] == 1
     assert set(low_rank["keep"]) == {"linears", "parameters", "bytes"}
+
+
+@pytest.fixture
+def narrowed(llama, tmp_path):
+    """(what the compressor writes with --width: the first MLP has 40 neurons of 96; its tensors)."""
+    tensors, config = read_tensors(llama[0]), read_config(llama[0])
+    for kind in ("gate", "up"):
+        tensors[f"{MLP}.{kind}_proj.weight"] = tensors[f"{MLP}.{kind}_proj.weight"][:40]
+    tensors[f"{MLP}.down_proj.weight"] = tensors[f"{MLP}.down_proj.weight"][:, :40]
+    config["low_rank"] = HISTORY | {"ranks": {}, "widths": {MLP: 40}}
+    return write_folder(tmp_path / "narrowed", tensors, config), tensors
+
+
+MLP = "model.layers.0.mlp"
+HISTORY = {
+    "format_version": 1,
+    "method": "kfac",
+    "allocate": "global",
+    "base": {"name": "n", "digest": "d"},
+    "calibration": {"tokens": 5},
+    "keep": {"asked": 0.8, "linears": 0.1, "parameters": 0.1, "bytes": 0.1},
+    "predicted_loss": 0.5,
+}
+
+
+@pytest.mark.parametrize("ranks", [{}, {Q: 20}])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_narrower_mlps(llama, narrowed, adapter, ranks, tmp_path, rng):
+    source, tensors = narrowed
+    if ranks:
+        write_factored(source, source, ranks)
+        config = read_config(source)
+        config["low_rank"]["ranks"] = ranks
+        write_folder(source, read_tensors(source), config)
+    converted = source
+    if adapter:
+        converted = write_adapter(tmp_path / "adapter", lora(llama, rng, ("model.layers.1.mlp.down_proj",))[0])
+    report = convert(converted, tmp_path / "target", source if adapter else None)
+    low_rank = read_config(tmp_path / "target")["low_rank"]
+    assert low_rank["ranks"] == ranks and low_rank["widths"] == {MLP: 40}
+    assert {name: value for name, value in low_rank.items() if name in HISTORY and name != "keep"} == {
+        name: value for name, value in HISTORY.items() if name != "keep"
+    }
+    whole, found = (
+        sum(array.size for name, array in read_tensors(folder).items() if "_proj.weight" in name)
+        for folder in (llama[0], tmp_path / "target")
+    )
+    assert report.keep_linears == pytest.approx(found / whole) == Checkpoint(source).keep.linears
+    rounded = dict(zip(("linears", "parameters", "bytes"), (round(value, 6) for value in report[-3:]), strict=True))
+    assert low_rank["keep"] == {"asked": 0.8} | rounded
+    if not adapter:
+        target = read_tensors(tmp_path / "target")
+        assert target.keys() == read_tensors(source).keys()
+        assert all((target[name] == array).all() for name, array in tensors.items() if name in target)
+
+
+@pytest.mark.parametrize("based", [True, False])
+def test_where_it_comes_from(llama, factored, based, tmp_path):
+    convert(factored[0], tmp_path / "target", llama[0] if based else None)
+    low_rank = read_config(tmp_path / "target")["low_rank"]
+    assert low_rank["source"] == str(factored[0]) and low_rank.get("base") == (str(llama[0]) if based else None)
 
 
 def test_dobi_remapped(llama, tmp_path):

@@ -14,6 +14,7 @@ from factored import NAMES, factor, mixed_ranks, read_config, read_tensors, with
 import jaxsvd
 from jaxsvd import kernels
 from jaxsvd.checkpoint.convert import convert
+from jaxsvd.checkpoint.files import TensorFiles
 from jaxsvd.checkpoint.read import Checkpoint, CheckpointWeights
 from jaxsvd.engine import Engine
 from jaxsvd.errors import ModelError
@@ -319,6 +320,14 @@ def test_a_basis_that_is_nowhere(llama, tmp_path):
     write_shared(llama[0], tmp_path, "in the first layer", k_groups=[[0], [1]])
     message = refusal(tmp_path)
     assert "model.layers.1.self_attn.k_proj.weight is (32, 20), expected (32, 64)" in message
+
+
+def test_each_copy_of_a_basis_is_read_once(llama, tmp_path, monkeypatch):
+    write_shared(llama[0], tmp_path)
+    seen, read = [], TensorFiles.read
+    monkeypatch.setattr(TensorFiles, "read", lambda self, name: seen.append(name) or read(self, name))
+    Checkpoint(tmp_path)
+    assert len(seen) == len(set(seen)) == 7 * 4
 
 
 def test_a_basis_that_differs_within_its_group(llama, tmp_path):

@@ -97,6 +97,7 @@ def test_the_keep_is_met(make, options):
     report = make(**options)
     # Two layers have few places to round to; test_plan.py has thirty.
     assert 0.78 < report.keep_linears < 0.82
+    assert Checkpoint(report.target).keep == pytest.approx(report[2:5]), "as counted from what was written"
 
 
 def test_the_default_beats_whitening_beats_plain_svd(make, source, text):

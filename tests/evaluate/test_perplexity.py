@@ -4,12 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from evaluating import TEXT, copy_model, reference, with_rank, write_tokenizer
+from evaluating import KEPT, TEXT, copy_model, reference, with_rank, write_tokenizer
 
 import jaxsvd
-from jaxsvd.checkpoint.read import Checkpoint
-from jaxsvd.evaluate import compare, perplexity
-from jaxsvd.evaluate.perplexity import keep_of, measure
+from jaxsvd.evaluate import compare, measure, perplexity
 
 WINDOW = 32
 
@@ -68,8 +66,9 @@ def test_comparison_is_paired(worded, tmp_path, lm):
     differences = low.nlls - base.nlls
     assert found.log_error == pytest.approx(differences.std(ddof=1) / math.sqrt(base.windows))
     assert abs(found.ratio - 1) > 0.01 and compare(base, base) == (1.0, 0.0)
-    with pytest.raises(jaxsvd.UsageError, match="same windows"):
-        compare(base, perplexity(lm, TEXT, WINDOW, windows=3))
+    for unlike in (perplexity(lm, TEXT, WINDOW, windows=3), perplexity(lm, TEXT[::-1], WINDOW)):
+        with pytest.raises(jaxsvd.UsageError, match="same windows"):
+            compare(base, unlike)
     rows = measure([str(worded[0]), str(other)], [TEXT, TEXT[:200]], WINDOW)
     assert [(row.model, row.text) for row in rows] == [
         (model, text) for model in (str(worded[0]), str(other)) for text in (TEXT, TEXT[:200])
@@ -77,14 +76,7 @@ def test_comparison_is_paired(worded, tmp_path, lm):
     assert [row.comparison is None for row in rows] == [True, True, False, False]
     assert rows[2].comparison.ratio == pytest.approx(found.ratio, rel=1e-5)
     assert rows[3].comparison.ratio == pytest.approx(rows[3].result.perplexity / rows[1].result.perplexity, rel=1e-5)
-    assert [row.keep for row in rows] == [1, 1, 0.5, 0.5]
-
-
-def test_keep(worded, tmp_path):
-    assert keep_of(Checkpoint(worded[0])) == 1
-    assert keep_of(Checkpoint(with_rank(worded[0], tmp_path / "known", keep={"linears": 0.5}))) == 0.5
-    for i, keep in enumerate([None, 0.8, {"asked": 0.8}]):
-        assert keep_of(Checkpoint(with_rank(worded[0], tmp_path / str(i), keep=keep))) is None
+    assert [row.keep for row in rows] == pytest.approx([1, 1, KEPT, KEPT])
 
 
 @pytest.mark.parametrize(

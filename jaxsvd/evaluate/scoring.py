@@ -1,5 +1,6 @@
 """Perplexity over the windows of a text, of one model or of several that are compared window by window."""
 
+import hashlib
 import math
 import os
 import sys
@@ -28,7 +29,7 @@ class Result(NamedTuple):
     `perplexity` is exp of the mean negative log-likelihood per predicted token, the first of each window not counted;
     `standard_error` is its own (perplexity times that of the windows' mean, nan for a single window). `tokens` are
     those predicted, `tokens_per_second` leaves loading and compiling out. `nlls`, float64 (windows,), are the windows'
-    means, in nats.
+    means, in nats; `digest` is the SHA-256 of their tokens.
     """
 
     perplexity: float
@@ -37,6 +38,7 @@ class Result(NamedTuple):
     tokens: int
     tokens_per_second: float
     nlls: np.ndarray
+    digest: str
 
 
 class Comparison(NamedTuple):
@@ -47,13 +49,13 @@ class Comparison(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One model on one text. `keep` is the fraction that the projections kept, 1 if dense, None where nobody says.
+    """One model on one text. `keep` is the fraction of their parameters that the projections kept, 1 if dense.
 
     `comparison` is to the first model; it has none itself.
     """
 
     model: str
-    keep: float | None
+    keep: float
     text: str
     result: Result
     comparison: Comparison | None
@@ -88,18 +90,21 @@ def perplexity(
 
 
 def compare(base: Result, other: Result) -> Comparison:
-    """`other` over `base`, both of the same windows: the noise that they share cancels."""
-    if base.windows != other.windows or base.tokens != other.tokens:
+    """`other` over `base`, both of the same windows: the noise that they share cancels.
+
+    Raises UsageError where the windows differ.
+    """
+    if base.digest != other.digest:
         raise UsageError(
-            f"results of {base.windows} windows ({base.tokens} tokens) and {other.windows} ({other.tokens}) can't be "
-            "compared: score the same windows with both models"
+            f"results of {base.windows} windows ({base.tokens} tokens) and of {other.windows} others ({other.tokens}) "
+            "can't be compared: score the same windows with both models"
         )
     differences = other.nlls - base.nlls
     return Comparison(_exp(differences.mean()), _standard_error(differences))
 
 
 def measure(
-    models: Sequence[str],
+    models: Sequence[str | os.PathLike[str]],
     texts: Sequence[str | Path],
     window: int = WINDOW,
     windows: int | None = None,
@@ -117,13 +122,13 @@ def measure(
     checkpoints = [Checkpoint(hub.resolve(model)) for model in models]
     for checkpoint in checkpoints:
         _check(checkpoint.config, window, windows, batch_size)
-    tokenizers = [Tokenizer(checkpoint.folder) for checkpoint in checkpoints]
-    chosen = [_choose(tokenizers[0], text, window, windows) for text in texts]
-    for model, checkpoint, tokenizer in zip(models, checkpoints, tokenizers, strict=True):
+    first, *others = (Tokenizer(checkpoint.folder) for checkpoint in checkpoints)
+    chosen = [_choose(first, text, window, windows) for text in texts]
+    for model, checkpoint, tokenizer in zip(models[1:], checkpoints[1:], others, strict=True):
         sizes = checkpoints[0].config.vocab_size, checkpoint.config.vocab_size
         if sizes[0] != sizes[1]:
             reason = f"they have vocabularies of {sizes[0]} and {sizes[1]} tokens"
-        elif tokenizer.vocabulary != tokenizers[0].vocabulary:
+        elif tokenizer.vocabulary != first.vocabulary:
             reason = "their tokenizers have other tokens"
         elif not all(
             np.array_equal(theirs, _choose(tokenizer, text, window, windows))
@@ -135,28 +140,24 @@ def measure(
         raise UsageError(f"{model} can't be compared with {models[0]}: {reason}, and a perplexity is per token")
     rows: list[Row] = []
     for model, checkpoint in zip(models, checkpoints, strict=True):
-        results = _results(checkpoint.folder, chosen, batch_size, dtype, backend, progress)
+        results = _results(checkpoint, chosen, batch_size, dtype, backend, progress)
         for i, (text, result) in enumerate(zip(texts, results, strict=True)):
             comparison = compare(rows[i].result, result) if len(rows) >= len(texts) else None
-            rows.append(Row(str(model), keep_of(checkpoint), str(text), result, comparison))
+            rows.append(Row(str(model), checkpoint.keep.linears, str(text), result, comparison))
     return rows
 
 
-def keep_of(checkpoint: Checkpoint) -> float | None:
-    """The fraction of the projections' parameters that a model kept, as its config.json says; 1 for a dense one."""
-    if not checkpoint.ranks:
-        return 1.0
-    keep = (checkpoint.raw.get("low_rank") or {}).get("keep")
-    linears = keep.get("linears") if isinstance(keep, dict) else None
-    return float(linears) if isinstance(linears, int | float) else None
-
-
 def _results(
-    folder: Path, chosen: Sequence[np.ndarray], batch_size: int, dtype: Any, backend: str, progress: bool | None
+    checkpoint: Checkpoint,
+    chosen: Sequence[np.ndarray],
+    batch_size: int,
+    dtype: Any,
+    backend: str,
+    progress: bool | None,
 ) -> list[Result]:
     """One model's results. Its memory is free again when this returns."""
-    engine = api.load(folder, dtype, backend, progress).engine
-    with _bar(f"scoring {folder.name}", sum(map(len, chosen)), progress) as bar:
+    engine = api.load(checkpoint, dtype, backend, progress).engine
+    with _bar(f"scoring {checkpoint.folder.name}", sum(map(len, chosen)), progress) as bar:
         return [_score(engine, windows, batch_size, bar.update) for windows in chosen]
 
 
@@ -171,8 +172,8 @@ def _score(engine: Engine, windows: np.ndarray, batch_size: int, progress: Calla
         progress(len(batch))
     seconds = time.perf_counter() - start - sum(step.seconds for step in engine.compiled[known:])
     nlls, tokens = np.array(means), windows.size - len(windows)
-    value = _exp(nlls.mean())
-    return Result(value, value * _standard_error(nlls), len(windows), tokens, tokens / seconds, nlls)
+    value, digest = _exp(nlls.mean()), hashlib.sha256(str(windows.shape).encode() + windows.tobytes()).hexdigest()
+    return Result(value, value * _standard_error(nlls), len(windows), tokens, tokens / seconds, nlls, digest)
 
 
 def _exp(value: np.floating) -> float:
