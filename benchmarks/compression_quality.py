@@ -30,19 +30,16 @@ PAGE = ROOT / "docs" / "compression.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 HANDBOOK = "debian-handbook=11.20220922"
 WINDOWS = {"in": 40, "out": 20}
-UNIFORM = {"allocate": "uniform"}
 # name: options, keeps
 METHODS = {
-    "plain SVD, uniform": (UNIFORM | {"method": "svd"}, [0.8]),
-    "FWSVD, uniform": (UNIFORM | {"method": "fwsvd"}, [0.8]),
-    "ASVD, uniform": (UNIFORM | {"method": "asvd"}, [0.8]),
-    "SVD-LLM, uniform": (UNIFORM | {"method": "svd-llm"}, [0.9, 0.8, 0.6]),
-    "KFAC, uniform": (UNIFORM | {"method": "kfac"}, [0.8]),
-    "SVD-LLM, global": ({"method": "svd-llm"}, [0.8]),
-    "KFAC, global (default)": ({}, [0.9, 0.8, 0.7, 0.6]),
+    "KFAC, global plan (default)": ({}, [0.9, 0.8, 0.6]),
     "default, `--refit`": ({"refit": True}, [0.9, 0.8, 0.6]),
     "default, `--width`": ({"width": True}, [0.9, 0.8, 0.6]),
-    "default, `--width --refit`": ({"width": True, "refit": True}, [0.9, 0.8, 0.6]),
+    "default, `--width --refit`": ({"width": True, "refit": True}, [0.6]),
+    "SVD-LLM, uniform": ({"method": "svd-llm", "allocate": "uniform"}, [0.9, 0.8, 0.6]),
+    "KFAC, uniform": ({"allocate": "uniform"}, [0.8]),
+    "ASVD, uniform": ({"method": "asvd", "allocate": "uniform"}, [0.8]),
+    "plain SVD, uniform": ({"method": "svd", "allocate": "uniform"}, [0.8]),
 }
 
 

