@@ -14,7 +14,7 @@ $(VENV)/.%: pyproject.toml
 	@touch $@
 
 demo: $(VENV)/.demo
-	@echo "== SmolLM2-135M-Instruct at keep 0.9, compressed here and run low-rank"
+	@echo "== SmolLM2-135M-Instruct at keep 0.8, compressed here and run low-rank"
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.test

@@ -53,6 +53,12 @@ def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_partials(target: Path) -> None:
+    """Remove what runs of `atomic_folder` left beside `target` when they were killed."""
+    for partial in target.parent.glob(f".{target.name}.*.partial"):
+        shutil.rmtree(partial)
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer and whatever else lies beside the weights, but what describes these weights only."""
     for pattern in _COMPANIONS:

@@ -17,7 +17,14 @@ from tqdm import tqdm
 
 from jaxsvd import hub, plots
 from jaxsvd.checkpoint.read import Checkpoint, Kept
-from jaxsvd.checkpoint.write import FORMAT_VERSION, atomic_folder, check_target, copy_companions, write_json
+from jaxsvd.checkpoint.write import (
+    FORMAT_VERSION,
+    atomic_folder,
+    check_target,
+    copy_companions,
+    remove_partials,
+    write_json,
+)
 from jaxsvd.compression.analysis import Analysis
 from jaxsvd.compression.emit import digest, kept, planned, shapes, write_tensors
 from jaxsvd.compression.options import Options
@@ -26,6 +33,7 @@ from jaxsvd.compression.refit import Refit
 from jaxsvd.compression.report import draw
 from jaxsvd.compression.text import DEFAULT_TOKENS, WINDOW, calibration_windows
 from jaxsvd.compression.workspace import Arrays, Workspace
+from jaxsvd.config import read_json
 from jaxsvd.errors import UsageError
 
 logger = logging.getLogger("jaxsvd")
@@ -92,7 +100,7 @@ def compress(
         method: how a matrix is factored: kfac, svd-llm, asvd, fwsvd or svd.
         allocate: "global" spends the budget where it saves most predicted loss and leaves matrices dense where that
             pays; "uniform" keeps the same of every matrix.
-        refit: fit the factors, and the matrices that stay dense, to what the compressed layers before hand on.
+        refit: fit the factors to what the compressed layers before them hand on.
         width: let the plan narrow MLPs instead of factoring them, where that loses less (global only).
         only: which projections: "all", "attention" or "mlp".
         dense_layers: layers to leave as they are.
@@ -118,21 +126,27 @@ def compress(
     multiple = rank_multiple if rank_multiple is not None else 128 if checkpoint.config.hidden_size >= 2048 else 16
     options = Options(keep, method, allocate, refit, width, only, tuple(dense_layers), multiple, cost)
     _check_layers(checkpoint, options)
-    if not dry_run:
-        check_target(target, force)
     if report:
         plots.check(Path(report))
     hidden = target.parent / f".{target.name}.work"
+    # A run that was killed behind its last step has left the target, and the work that it wanted to remove.
+    maybe_done = resume and hidden.exists() and target.exists()
+    if not dry_run and not maybe_done:
+        check_target(target, force)
     if hidden.exists() and not (work or resume or force):
         raise UsageError(
             f"{hidden} holds unfinished work: go on with --resume (resume=True), "
             "or start again with --force (force=True)"
         )
-    windows, chosen = calibration_windows(folder, calibration, tokens, seed=seed)
+    if options.needs:
+        windows, chosen = calibration_windows(folder, calibration, tokens, seed=seed)
+    else:  # plain SVD looks at no text
+        windows, chosen = np.zeros((0, WINDOW), np.int32), None
     count = max(1, min(len(windows), (tokens // 2 if gradient_tokens is None else gradient_tokens) // WINDOW))
-    gradient_windows = windows[np.arange(count) * len(windows) // count]
+    gradient_windows = windows[np.arange(count) * len(windows) // count] if len(windows) else windows
     stamp = _stamp(checkpoint, options) | {"calibration": chosen, "gradient_windows": count}
     workspace = Workspace(Path(work) if work else hidden, stamp, resume or bool(work))
+    remove_partials(target)
     with _Bars(progress) as bars:
         analysis = Analysis(checkpoint, workspace, options, windows, gradient_windows)
         analysis.run(bars)
@@ -140,12 +154,13 @@ def compress(
         fractions = kept(checkpoint, plan)
         if report:
             draw(Path(report), shapes(checkpoint), plan, _loss_at(analysis) if options.predicts else None)
-        if not dry_run:
+        entry = _entry(str(source), stamp, options, plan, fractions, windows.size)
+        done = maybe_done and read_json(target / "config.json").get("low_rank") == entry
+        if not dry_run and not done:
             with atomic_folder(target, force) as partial:
                 results = _refitted(analysis, plan, workspace, bars) if refit else planned(analysis, plan)
                 write_tensors(checkpoint, results, partial, bars("writing", checkpoint.config.num_layers))
                 copy_companions(folder, partial)
-                entry = _entry(str(source), stamp, options, plan, fractions, windows.size)
                 write_json(partial / "config.json", checkpoint.raw | {"low_rank": entry})
                 Checkpoint(partial)  # it must load before it is shown
     if not work and not dry_run:

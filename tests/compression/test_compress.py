@@ -204,6 +204,29 @@ def test_resuming_with_other_settings_is_refused(source, text, tmp_path):
             jaxsvd.compress(source, tmp_path / "t", resume=True, **{"tokens": TOKENS} | options | changed)
 
 
+def test_killed_behind_the_last_step(source, text, tmp_path, monkeypatch):
+    """The target is there and the work not yet removed: resuming only tidies up."""
+    options = {"calibration": [text], "tokens": 512, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "remove", lambda self: None)
+        jaxsvd.compress(source, tmp_path / "t", 0.7, **options)
+    (tmp_path / ".t.abc.partial").mkdir()
+    written = (tmp_path / "t" / "model.safetensors").stat()
+    with pytest.raises(UsageError, match="exists"):  # another keep is another model
+        jaxsvd.compress(source, tmp_path / "t", 0.6, resume=True, **options)
+    jaxsvd.compress(source, tmp_path / "t", 0.7, resume=True, **options)
+    assert (tmp_path / "t" / "model.safetensors").stat() == written
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_plain_svd_needs_no_text(tiny_llama, tmp_path):
+    """Nor a tokenizer, which this folder has not."""
+    report = jaxsvd.compress(
+        tiny_llama[0], tmp_path / "t", method="svd", allocate="uniform", rank_multiple=1, progress=False
+    )
+    assert len(report.plan.ranks) == 14 and descriptor(report)["calibration"]["digest"] is None
+
+
 class Killed(Exception):
     pass
 

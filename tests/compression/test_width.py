@@ -28,7 +28,7 @@ def test_repair_is_least_squares(z, rng):
     def error(smaller):
         return np.square(z @ weight.T - z[:, kept] @ smaller.T).sum()
 
-    assert error(want) <= error(found) <= 1.01 * error(want) + 0.02 * np.square(z @ weight.T).sum()
+    assert error(want) <= error(found) <= 1.01 * error(want) + 0.05 * np.square(z @ weight.T).sum()
     assert error(found) < 0.2 * error(weight[:, kept])
 
 
