@@ -86,6 +86,7 @@ def main() -> None:
 
     Workspace.save = timed
     folder = Path(tempfile.mkdtemp(dir=Path.cwd()))
+    (folder / "dense").mkdir()
     try:
         write_model(folder / "dense", args.layers)
         report = jaxsvd.compress(

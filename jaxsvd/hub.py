@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def local_copy(name: str) -> Path:
-    """Where a registry model lies that was not had from the Hub (`scripts/get_demo_model.py` puts one there)."""
+    """Where a registry model lies that was not had from the Hub (`python -m jaxsvd.demo` puts one there)."""
     return cache_folder() / "models" / name
 
 

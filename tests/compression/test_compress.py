@@ -2,10 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,33 +10,12 @@ import jaxsvd
 from jaxsvd import demo
 from jaxsvd.checkpoint.files import TensorFiles
 from jaxsvd.checkpoint.read import Checkpoint
-from jaxsvd.checkpoint.write import TensorWriter, copy_companions, write_json
+from jaxsvd.checkpoint.write import write_json
 from jaxsvd.compression.text import calibration_windows
-from jaxsvd.compression.workspace import Workspace
 from jaxsvd.errors import ModelError, UsageError
 from jaxsvd.hub import cache_folder
 
 TOKENS = 1024
-
-
-@pytest.fixture(scope="session")
-def text():
-    return demo.get_speeches(1950, 1999)
-
-
-@pytest.fixture(scope="session")
-def source(smollm, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two-layers")
-    files = TensorFiles(smollm)
-    writer = TensorWriter(folder)
-    for name in files.entries:
-        if not name.startswith("model.layers.") or int(name.split(".")[2]) < 2:
-            writer.add(name, files.read(name))
-    writer.close()
-    copy_companions(smollm, folder)
-    config = json.loads((smollm / "config.json").read_text())
-    write_json(folder / "config.json", config | {"num_hidden_layers": 2})
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -184,103 +159,12 @@ def test_another_cost(source, text, tmp_path):
     assert {f"model.layers.{i}.self_attn.q_proj" for i in range(2)} <= report.plan.ranks.keys()
 
 
-def test_a_dry_run_writes_no_model_and_is_gone_on_with(source, text, tmp_path, monkeypatch):
-    options = {"calibration": [text], "tokens": TOKENS, "progress": False}
-    planned = jaxsvd.compress(source, tmp_path / "t", 0.7, dry_run=True, **options)
-    assert [path.name for path in tmp_path.iterdir()] == [".t.work"]
-    with pytest.raises(UsageError, match="--resume"):
-        jaxsvd.compress(source, tmp_path / "t", 0.7, **options)
-    monkeypatch.setattr("jaxsvd.compression.passes.LayerPass.forward", None)  # the analysis must not run again
-    report = jaxsvd.compress(source, tmp_path / "t", 0.7, resume=True, **options)
-    assert report.plan == planned.plan and report.keep_bytes == planned.keep_bytes
-    assert [path.name for path in tmp_path.iterdir()] == ["t"]
-
-
-def test_resuming_with_other_settings_is_refused(source, text, tmp_path):
-    options = {"calibration": [text], "progress": False}
-    jaxsvd.compress(source, tmp_path / "t", tokens=TOKENS, dry_run=True, **options)
-    for changed in ({"method": "asvd"}, {"tokens": 2 * TOKENS}, {"seed": 1, "tokens": TOKENS}, {"only": "mlp"}):
-        with pytest.raises(UsageError, match="begun with another"):
-            jaxsvd.compress(source, tmp_path / "t", resume=True, **{"tokens": TOKENS} | options | changed)
-
-
-def test_killed_behind_the_last_step(source, text, tmp_path, monkeypatch):
-    """The target is there and the work not yet removed: resuming only tidies up."""
-    options = {"calibration": [text], "tokens": 512, "progress": False}
-    with monkeypatch.context() as patch:
-        patch.setattr(Workspace, "remove", lambda self: None)
-        jaxsvd.compress(source, tmp_path / "t", 0.7, **options)
-    (tmp_path / ".t.abc.partial").mkdir()
-    written = (tmp_path / "t" / "model.safetensors").stat()
-    with pytest.raises(UsageError, match="exists"):  # another keep is another model
-        jaxsvd.compress(source, tmp_path / "t", 0.6, resume=True, **options)
-    jaxsvd.compress(source, tmp_path / "t", 0.7, resume=True, **options)
-    assert (tmp_path / "t" / "model.safetensors").stat() == written
-    assert [path.name for path in tmp_path.iterdir()] == ["t"]
-
-
 def test_plain_svd_needs_no_text(tiny_llama, tmp_path):
     """Nor a tokenizer, which this folder has not."""
     report = jaxsvd.compress(
         tiny_llama[0], tmp_path / "t", method="svd", allocate="uniform", rank_multiple=1, progress=False
     )
     assert len(report.plan.ranks) == 14 and descriptor(report)["calibration"]["digest"] is None
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("refit", [False, True])
-def test_killed_at_every_step_and_resumed(source, text, tmp_path, monkeypatch, refit):
-    """Each run dies at the next save, until one is left to finish: its bytes are those of an undisturbed run."""
-    options = {"calibration": [text], "tokens": 512, "refit": refit, "progress": False}
-    want = jaxsvd.compress(source, tmp_path / "whole", 0.7, **options).target
-    save, target, kills = Workspace.save, tmp_path / "t", 0
-
-    def dying(self, name, arrays):
-        save(self, name, arrays)
-        raise Killed
-
-    while True:
-        with monkeypatch.context() as patch:
-            patch.setattr(Workspace, "save", dying)
-            try:
-                jaxsvd.compress(source, target, 0.7, resume=True, **options)
-                break
-            except Killed:
-                kills += 1
-                assert not target.exists()
-    assert kills == 2 * 2 * (4 if refit else 3)  # layers × (result, carry) × walks
-    for path in want.iterdir():
-        assert path.read_bytes() == (target / path.name).read_bytes(), path.name
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t", "whole"]
-
-
-@pytest.mark.slow
-def test_killed_by_the_system_at_random_moments(source, text, tmp_path):
-    """SIGKILL, twenty times, at moments spread over the run."""
-    script = [sys.executable, "-m", "jaxsvd.cli", "compress", str(source)]
-    options = ["--keep", "0.7", "--calibration", str(text), "--tokens", "2048", "--refit", "--width", "-q"]
-    began = time.perf_counter()
-    subprocess.run([*script, str(tmp_path / "whole"), *options], check=True)
-    seconds, target = time.perf_counter() - began, tmp_path / "t"
-    rng, kills = np.random.default_rng(0), 0
-    while kills < 20:
-        process = subprocess.Popen([*script, str(target), *options, "--resume"], stderr=subprocess.DEVNULL)
-        try:
-            process.wait(rng.uniform(0.05, 1.1) * seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-        if target.exists():
-            Checkpoint(target)  # whole, or not there
-            if process.returncode == 0:
-                shutil.rmtree(target)
-    subprocess.run([*script, str(target), *options, "--resume"], check=True)
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (target / path.name).read_bytes(), path.name
 
 
 def test_the_report_draws_the_plan(source, text, tmp_path):
