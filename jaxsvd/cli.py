@@ -202,7 +202,7 @@ def compress(args: argparse.Namespace) -> None:
         return
     if args.dry_run:
         print(table(made))
-    narrowed = f", {len(made.plan.widths)} MLPs narrowed" if made.plan.widths else ""
+    narrowed = f", MLPs narrowed: {len(made.plan.widths)}" if made.plan.widths else ""
     predicted = "" if made.plan.loss is None else f"; predicted loss {made.plan.loss:.3f} nats a token"
     print(
         f"{'plan: ' if args.dry_run else ''}{made.target}: {len(made.plan.ranks)} of {made.matrices} matrices "

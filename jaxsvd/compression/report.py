@@ -60,6 +60,7 @@ def draw(
     upper, *lower = figure.subplots(2 if loss_at else 1, 1, squeeze=False)[:, 0]
     image = upper.imshow(kept, aspect="auto", vmin=0, vmax=1, cmap="viridis")
     upper.set(title="kept of each projection (1: dense)", xlabel="layer", yticks=range(len(KINDS)), yticklabels=KINDS)
+    upper.locator_params(axis="x", integer=True)
     figure.colorbar(image, ax=upper)
     if loss_at:
         found = [(keep, loss) for keep in KEEPS if (loss := loss_at(keep)) is not None]
