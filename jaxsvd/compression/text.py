@@ -52,7 +52,12 @@ def _texts(files: Sequence[str | Path]) -> list[str]:
 
 
 def _spread(text: str, count: int, length: int, rng: np.random.Generator) -> list[str]:
-    """Up to `count` pieces of `length` characters, one in each of `count` equal parts, from the beginning of a line."""
+    """Up to `count` pieces of `length` characters, one in each of `count` equal parts.
+
+    They begin with a line, where there is one near.
+    """
     span = max(len(text) - length, 0) / max(count, 1)
-    starts = [int((i + shift) * span) for i, shift in enumerate(rng.random(count))]
-    return [text[start : start + length] for start in sorted({text.rfind("\n", 0, at + 1) + 1 for at in starts})]
+    places = [int((i + shift) * span) for i, shift in enumerate(rng.random(count))]
+    lines = [text.rfind("\n", max(0, at - length), at + 1) for at in places]
+    starts = sorted({line + 1 if line >= 0 else at for line, at in zip(lines, places, strict=True)})
+    return [text[start : start + length] for start in starts]

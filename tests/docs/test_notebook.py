@@ -18,10 +18,10 @@ def test_the_notebook_runs(smollm, capsys):
         exec(compile("".join(cell["source"]), str(NOTEBOOK), "exec"), namespace)
     assert "Paris" in capsys.readouterr().out
     assert 0.85 < namespace["report"].keep_linears < 0.95
-    # Whole models: whitening costs some likelihood on a text of other years, plain SVD would cost more than 10 nats.
+    # Whole models, on a text of other years: plain SVD would cost more than 10 nats.
     ids = namespace["lm"].encode(get_speeches(2010, 2012).read_text()[5000:9000])[:256]
     dense, low_rank = (_loss(namespace[name].logits([ids])[0], ids) for name in ("lm", "low_rank"))
-    assert dense < low_rank < dense + 2
+    assert abs(low_rank - dense) < 0.3
 
 
 def _loss(logits, ids):
