@@ -3,7 +3,6 @@
 import logging
 import os
 import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -14,13 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax import numpy as jnp
-from tqdm import tqdm
 
 from jaxsvd import hub, kernels
 from jaxsvd.checkpoint.read import Checkpoint
 from jaxsvd.config import ModelConfig, end_of_text_ids
 from jaxsvd.engine import Engine, Score
 from jaxsvd.errors import UsageError
+from jaxsvd.progress import bar
 from jaxsvd.sampling import per_row
 from jaxsvd.tokenizer import Message, StopMatcher, TextStream, Tokenizer, has_tokenizer
 
@@ -270,17 +269,9 @@ def load(
     folder = checkpoint.folder
     ends = end_of_text_ids(folder, checkpoint.raw)
     use_compilation_cache()
-    bar = tqdm(
-        desc=f"loading {folder.name}",
-        total=checkpoint.files.nbytes,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        file=sys.stderr,
-        disable=None if progress is None else not progress,
-    )
-    with bar:
-        built = checkpoint.load(kernel, chosen, bar.update)
+    name, total = f"loading {folder.name}", checkpoint.files.nbytes
+    with bar(name, total, "B", progress, unit_scale=True, leave=False) as shown:
+        built = checkpoint.load(kernel, chosen, shown.update)
     if steps_per_dispatch is None:
         steps_per_dispatch = 2 if jax.default_backend() == "cpu" else 8
     engine = Engine(built, steps_per_dispatch=steps_per_dispatch)

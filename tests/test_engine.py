@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny import MAX_POSITIONS, open_engine, prompts_of
 
 import jaxsvd
-from jaxsvd import kernels
-from jaxsvd.checkpoint.read import Checkpoint
-from jaxsvd.engine import Engine
 from jaxsvd.errors import JaxsvdError, UsageError
 from jaxsvd.sampling import SamplingParams
 
@@ -21,16 +19,6 @@ GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=3)
 PENALISED = SamplingParams(temperature=1.2, repetition_penalty=1.3, presence_penalty=0.5, seed=2**64 - 1)
 SAMPLED_AND_PENALISED = SamplingParams(temperature=0.5, top_k=3, min_p=0.1, presence_penalty=1.0, seed=5)
-MAX_POSITIONS = 512  # of the tiny models
-
-
-def open_engine(folder, **options):
-    return Engine(Checkpoint(folder).load(kernels.choose(), jnp.float32), **options)
-
-
-def prompts_of(*lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 128, length).tolist() for length in lengths]
 
 
 def run(engine, prompts, rows=None, new=10):

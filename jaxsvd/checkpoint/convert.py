@@ -1,12 +1,9 @@
 """Any public low-rank checkpoint, pickled or not, into the folder that jaxsvd's own compressor would write."""
 
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from tqdm import tqdm
 
 from jaxsvd import hub
 from jaxsvd.checkpoint import torchfiles
@@ -18,6 +15,7 @@ from jaxsvd.checkpoint.torchfiles import PickledTensors
 from jaxsvd.checkpoint.write import FORMAT_VERSION, TensorWriter, atomic_folder, copy_companions, write_json
 from jaxsvd.config import read_json
 from jaxsvd.errors import ModelError, UsageError
+from jaxsvd.progress import bar
 from jaxsvd.tokenizer import has_tokenizer
 
 logger = logging.getLogger("jaxsvd")
@@ -90,11 +88,10 @@ def convert(
     checkpoint = Checkpoint(tensors.folder, tensors, raw)
     families = sorted({stored.layout for stored in checkpoint.matrices.values() if stored.layout})
     family = "+".join(families + ["lora"] * opened.pairs) or "dense"
-    hidden = None if progress is None else not progress
     with atomic_folder(target, force) as partial:
         total = len(checkpoint.arrays) + len(checkpoint.matrices)
-        with tqdm(desc="converting", total=total, unit="tensor", file=sys.stderr, disable=hidden) as bar:
-            _write(checkpoint, partial, bar.update)
+        with bar("converting", total, "tensor", progress) as shown:
+            _write(checkpoint, partial, shown.update)
         for folder in opened.companions:
             copy_companions(folder, partial)
         if not has_tokenizer(partial):

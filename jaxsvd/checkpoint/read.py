@@ -230,10 +230,14 @@ class CheckpointWeights:
         """See `Weights.array`."""
         return self._cast(self._read(name), name)
 
+    def bias(self, path: str) -> np.ndarray | None:
+        """The bias (outputs,) of a projection that has one."""
+        stored = self._checkpoint.matrices[path].bias
+        return self.array(stored) if stored else None
+
     def matrix(self, path: str, inputs: int, outputs: int, bias: bool) -> tuple[Matrix, np.ndarray | None]:
         """See `Weights.matrix`. From its break-even rank on, a factored matrix is multiplied out: dense is cheaper."""
-        stored = self._checkpoint.matrices[path]
-        offset = self._cast(self._read(stored.bias), stored.bias) if stored.bias else None
+        stored, offset = self._checkpoint.matrices[path], self.bias(path)
         if stored.weight:
             return Dense(self._cast(self._read(stored.weight), stored.weight).T), offset
         assert stored.down and stored.up and stored.rank

@@ -1,11 +1,8 @@
 """Compressing a dense model folder into a low-rank one."""
 
-import dataclasses
 import hashlib
 import json
-import logging
 import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxsvd import hub, plots
 from jaxsvd.checkpoint.read import Checkpoint, Kept
@@ -35,8 +31,7 @@ from jaxsvd.compression.text import DEFAULT_TOKENS, WINDOW, calibration_windows
 from jaxsvd.compression.workspace import Arrays, Workspace
 from jaxsvd.config import read_json
 from jaxsvd.errors import UsageError
-
-logger = logging.getLogger("jaxsvd")
+from jaxsvd.progress import bar
 
 
 class Report(NamedTuple):
@@ -150,10 +145,11 @@ def compress(
     with _Bars(progress) as bars:
         analysis = Analysis(checkpoint, workspace, options, windows, gradient_windows)
         analysis.run(bars)
-        plan = make_plan(analysis, options)
+        plan_at = planner(analysis, options)
+        plan = plan_at(keep)
         fractions = kept(checkpoint, plan)
         if report:
-            draw(Path(report), shapes(checkpoint), plan, _loss_at(analysis) if options.predicts else None)
+            draw(Path(report), shapes(checkpoint), plan, _loss_at(plan_at) if options.predicts else None)
         entry = _entry(str(source), stamp, options, plan, fractions, windows.size)
         done = maybe_done and read_json(target / "config.json").get("low_rank") == entry
         if not dry_run and not done:
@@ -170,16 +166,16 @@ def compress(
     return Report(target, plan, *fractions, matrices, time.perf_counter() - began, peak)
 
 
-def make_plan(analysis: Analysis, options: Options) -> Plan:
-    """The plan of an analysis for these options; the keep counts selected projections only."""
+def planner(analysis: Analysis, options: Options) -> Callable[[float], Plan]:
+    """What makes the plan of a finished analysis for any keep, which counts selected projections only."""
     all_shapes = shapes(analysis.checkpoint)
     selected = {path: shape for path, shape in all_shapes.items() if options.selects(path)}
     if not options.predicts:
-        return uniform_plan(selected, options.keep, options.rank_multiple, options.cost)
+        return lambda keep: uniform_plan(selected, keep, options.rank_multiple, options.cost)
     choices, widths = {}, {}
     for index in range(analysis.checkpoint.config.num_layers):
         known = analysis.losses(index)
-        paths = [path for path in analysis.paths(index) if path in selected]
+        paths = [path for path in analysis.passes.paths(index) if path in selected]
         for path in paths:
             choices[path] = rank_options(selected[path], known[path], options.rank_multiple, options.cost)
         mlp = f"model.layers.{index}.mlp"
@@ -189,13 +185,13 @@ def make_plan(analysis: Analysis, options: Options) -> Plan:
             )
             widths[mlp] = [path for path in paths if path.startswith(mlp)], narrower
     dense_cost = sum(all_[0].cost for all_ in choices.values())
-    return global_plan(choices, widths, options.keep * dense_cost)
+    return lambda keep: global_plan(choices, widths, keep * dense_cost)
 
 
-def _loss_at(analysis: Analysis) -> Callable[[float], float | None]:
+def _loss_at(plan_at: Callable[[float], Plan]) -> Callable[[float], float | None]:
     def predicted(keep: float) -> float | None:
         try:
-            return make_plan(analysis, dataclasses.replace(analysis.options, keep=keep)).loss
+            return plan_at(keep).loss
         except UsageError:  # less than the plan's floor
             return None
 
@@ -253,16 +249,15 @@ def _entry(
 
 
 class _Bars:
-    """Progress bars on stderr, one after the other, with the time left."""
+    """Progress bars, one after the other."""
 
     def __init__(self, progress: bool | None) -> None:
-        self._off = None if progress is None else not progress
+        self._show = progress
         self._open = ExitStack()
 
     def __call__(self, what: str, count: int) -> Callable[[int], object]:
         self._open.close()
-        bar = tqdm(desc=what, total=count, unit="layer", file=sys.stderr, disable=self._off)
-        return self._open.enter_context(bar).update
+        return self._open.enter_context(bar(what, count, "layer", self._show)).update
 
     def __enter__(self) -> "_Bars":
         return self

@@ -53,33 +53,28 @@ class Analysis:
         first = self._embedded(self.windows) if "inputs" in needs else dict
         self._work.sequence("factors", layers, first, self._factor, told)
 
-    def layer(self, index: int) -> Arrays:
+    def layer(self, index: int, only: str = "") -> Arrays:
         """What is known of a layer: of every selected matrix `{path}.up`, `.down` and `.losses`; with narrower MLPs,
-        `order` and `moment` of the MLP's neurons and what keeping k of them loses, `width_losses`.
+        `order` and `moment` of the MLP's neurons and what keeping k of them loses, `{mlp}.losses`. With `only`, what
+        ends so.
         """
-        return self._work.load(f"factors/{index}")
+        return self._work.load(f"factors/{index}", only)
 
     def losses(self, index: int) -> dict[str, np.ndarray]:
         """What every rank of a layer's matrices loses (k+1,), by path, and every width of its MLP, under the MLP's."""
-        known, mlp = self.layer(index), f"model.layers.{index}.mlp"
-        found = {path: known[f"{path}.losses"] for path in self.paths(index) if f"{path}.losses" in known}
-        return found | ({mlp: known["width_losses"]} if "width_losses" in known else {})
+        return {name.removesuffix(".losses"): lost for name, lost in self.layer(index, ".losses").items()}
 
     def evidence(self, index: int) -> dict[str, Evidence]:
         """What was kept of the evidence for a layer's matrices: all but their inputs."""
         if not self.options.needs & {"gradients", "fisher"}:
-            return {path: Evidence() for path in self.paths(index)}
+            return {path: Evidence() for path in self.passes.paths(index)}
         kept = self._work.load(f"gradients/{index}")
         return {
             path: Evidence(
                 gradients=Moment(kept[f"{path}.gradients"].astype(np.float64)), fisher=kept.get(f"{path}.fisher")
             )
-            for path in self.paths(index)
+            for path in self.passes.paths(index)
         }
-
-    def paths(self, index: int) -> list[str]:
-        """The matrices of a layer."""
-        return [path for path in self.checkpoint.matrices if path.startswith(f"model.layers.{index}.")]
 
     def weight(self, path: str) -> np.ndarray:
         """The dense matrix (out, in)."""
@@ -100,7 +95,7 @@ class Analysis:
         x = self._work.load(f"states/{index}")["x"]
         fisher = "fisher" in self.options.needs
         dx, gradients, rows = self.passes.backward(self.passes.load(index), x, carry["dy"], fisher)
-        paths = self.paths(index)
+        paths = self.passes.paths(index)
         result = {f"{path}.gradients": g.astype(np.float32) for path, g in zip(paths, gradients, strict=True)}
         result |= {f"{path}.fisher": row for path, row in zip(paths, rows, strict=False)}
         return {"dy": dx}, result
@@ -118,12 +113,13 @@ class Analysis:
         for path, known in evidence.items():
             if self.options.selects(path):
                 result |= {f"{path}.{name}": array for name, array in self._factors(path, known).items()}
-        down = f"model.layers.{index}.mlp.down_proj"
+        mlp = f"model.layers.{index}.mlp"
+        down = f"{mlp}.down_proj"
         if self.options.width and self.options.selects(down):
             known = evidence[down]
             assert known.inputs
             order, lost = removal_order(self.weight(down), known.loss_metric, known.inputs)
-            result |= {"order": order, "width_losses": lost, "moment": known.inputs.matrix.astype(np.float32)}
+            result |= {"order": order, f"{mlp}.losses": lost, "moment": known.inputs.matrix.astype(np.float32)}
         return carry, result
 
     def _factors(self, path: str, known: Evidence) -> Arrays:

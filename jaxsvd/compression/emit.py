@@ -21,15 +21,10 @@ def kept(checkpoint: Checkpoint, plan: Plan) -> Kept:
     names = {path: stored.weight for path, stored in checkpoint.matrices.items() if stored.weight}
     for path, shape in shapes(checkpoint).items():
         whole = shape.inputs * shape.outputs
-        mlp_width = plan.widths.get(path.rsplit(".", 1)[0])
-        left = whole
-        if path in plan.ranks:
-            left = plan.ranks[path] * (shape.inputs + shape.outputs)
-        elif mlp_width:
-            left = mlp_width * (shape.outputs if path.endswith(".down_proj") else shape.inputs)
+        gone = whole - plan.left(path, shape)
         linears += whole
-        saved += whole - left
-        saved_bytes += (whole - left) * files.itemsize(names[path])
+        saved += gone
+        saved_bytes += gone * files.itemsize(names[path])
     return Kept(1 - saved / linears, 1 - saved / files.parameters, 1 - saved_bytes / files.nbytes)
 
 
@@ -77,7 +72,7 @@ def planned(analysis: Analysis, plan: Plan) -> Callable[[int], Arrays]:
 
     def results(layer: int) -> Arrays:
         known, changed = analysis.layer(layer), {}
-        for path in analysis.paths(layer):
+        for path in analysis.passes.paths(layer):
             if rank := plan.ranks.get(path):
                 changed[f"{path}.up"] = known[f"{path}.up"][:, :rank]
                 changed[f"{path}.down"] = known[f"{path}.down"][:rank]

@@ -49,10 +49,9 @@ class _Replaced(CheckpointWeights):
         self._matrices = matrices
 
     def matrix(self, path: str, inputs: int, outputs: int, bias: bool) -> tuple[Matrix, np.ndarray | None]:
-        matrix, offset = super().matrix(path, inputs, outputs, bias)
-        if path in self._matrices:
-            matrix = Dense(self._matrices[path].astype(np.float32).T)
-        return matrix, offset
+        if path not in self._matrices:
+            return super().matrix(path, inputs, outputs, bias)
+        return Dense(self._matrices[path].astype(np.float32).T), self.bias(path)
 
 
 class LayerPass:

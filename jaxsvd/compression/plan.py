@@ -46,6 +46,15 @@ class Plan(NamedTuple):
     dense_cost: float
     loss: float | None
 
+    def left(self, path: str, shape: Shape) -> int:
+        """The parameters that are left of a matrix."""
+        mlp, _, name = path.rpartition(".")
+        if path in self.ranks:
+            return self.ranks[path] * (shape.inputs + shape.outputs)
+        if mlp in self.widths:
+            return self.widths[mlp] * (shape.outputs if name == "down_proj" else shape.inputs)
+        return shape.inputs * shape.outputs
+
 
 def rank_options(shape: Shape, losses: np.ndarray, multiple: int, cost: Cost = parameters) -> list[Option]:
     """Dense, and every rank that is a multiple, above the floor and below break-even, by what rank r loses."""

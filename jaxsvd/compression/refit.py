@@ -39,7 +39,7 @@ class Refit:
         result: Arrays = {}
         products: dict[str, np.ndarray] = {}
         for group, members in enumerate(self._passes.groups(index)):
-            compressed = self._passes.load(index, products)
+            compressed = self._passes.load(index, products) if products else dense
             crossed, squared = self._passes.cross_moments(dense, carry["dense"], compressed, carry["compressed"], group)
             for path in members:
                 found, products[path] = self._matrix(path, crossed, squared, evidence[path], kept)
@@ -53,7 +53,7 @@ class Refit:
     def _kept(self, index: int) -> np.ndarray | None:
         """The neurons that a narrowed MLP keeps."""
         width = self._plan.widths.get(f"model.layers.{index}.mlp")
-        return None if width is None else kept_neurons(self._analysis.layer(index)["order"], width)
+        return None if width is None else kept_neurons(self._analysis.layer(index, "order")["order"], width)
 
     def _matrix(
         self, path: str, crossed: np.ndarray, squared: np.ndarray, known: Evidence, kept: np.ndarray | None

@@ -47,18 +47,10 @@ def draw(
     import numpy as np
 
     layers = len(shapes) // len(KINDS)
-    kept = np.ones((len(KINDS), layers))
-    for layer in range(layers):
-        for row, name in enumerate(paths_of(layer)):
-            inputs, outputs = shapes[name]
-            width = plan.widths.get(f"model.layers.{layer}.mlp") if ".mlp." in name else None
-            if name in plan.ranks:
-                kept[row, layer] = plan.ranks[name] * (inputs + outputs) / (inputs * outputs)
-            elif width:
-                kept[row, layer] = width / max(inputs, outputs)
+    kept = [[plan.left(name, shapes[name]) / np.prod(shapes[name]) for name in paths_of(i)] for i in range(layers)]
     figure = plots.figure(10, 6 if loss_at else 3.2)
     upper, *lower = figure.subplots(2 if loss_at else 1, 1, squeeze=False)[:, 0]
-    image = upper.imshow(kept, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    image = upper.imshow(np.transpose(kept), aspect="auto", vmin=0, vmax=1, cmap="viridis")
     upper.set(title="kept of each projection (1: dense)", xlabel="layer", yticks=range(len(KINDS)), yticklabels=KINDS)
     upper.locator_params(axis="x", integer=True)
     figure.colorbar(image, ax=upper)

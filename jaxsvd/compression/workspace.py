@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 from jaxsvd.checkpoint.write import save_tensors, write_json
 from jaxsvd.config import read_json
@@ -46,11 +47,10 @@ class Workspace:
         """Whether a result is there."""
         return self._path(name).exists()
 
-    def load(self, name: str) -> Arrays:
-        """A result, as it was saved."""
-        from safetensors.numpy import load_file
-
-        return load_file(self._path(name))
+    def load(self, name: str, only: str = "") -> Arrays:
+        """A result, as it was saved: all of its arrays, or those whose names end with `only`."""
+        with safe_open(self._path(name), framework="numpy") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if key.endswith(only)}  # noqa: SIM118
 
     def save(self, name: str, arrays: Arrays) -> None:
         """Save a result; a kill leaves the old file, or none, never half of one."""

@@ -3,20 +3,19 @@
 import hashlib
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxsvd import api, hub
 from jaxsvd.checkpoint.read import Checkpoint
 from jaxsvd.config import ModelConfig
 from jaxsvd.engine import Engine
 from jaxsvd.errors import UsageError
+from jaxsvd.progress import bar
 from jaxsvd.tokenizer import Tokenizer
 
 WINDOW = 512
@@ -85,8 +84,8 @@ def perplexity(
         model = api.load(model, progress=progress)
     _check(model.config, window, windows, batch_size)
     chosen = _choose(model.tokenizer, text, window, windows)
-    with _bar("scoring", len(chosen), progress) as bar:
-        return _score(model.engine, chosen, batch_size, bar.update)
+    with bar("scoring", len(chosen), "window", progress, leave=False) as shown:
+        return _score(model.engine, chosen, batch_size, shown.update)
 
 
 def compare(base: Result, other: Result) -> Comparison:
@@ -157,8 +156,9 @@ def _results(
 ) -> list[Result]:
     """One model's results. Its memory is free again when this returns."""
     engine = api.load(checkpoint, dtype, backend, progress).engine
-    with _bar(f"scoring {checkpoint.folder.name}", sum(map(len, chosen)), progress) as bar:
-        return [_score(engine, windows, batch_size, bar.update) for windows in chosen]
+    name, total = f"scoring {checkpoint.folder.name}", sum(map(len, chosen))
+    with bar(name, total, "window", progress, leave=False) as shown:
+        return [_score(engine, windows, batch_size, shown.update) for windows in chosen]
 
 
 def _score(engine: Engine, windows: np.ndarray, batch_size: int, progress: Callable[[int], object]) -> Result:
@@ -216,8 +216,3 @@ def _read(text: str | Path) -> str:
         return text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the text {text} can't be read as UTF-8 ({error})") from None
-
-
-def _bar(name: str, windows: int, progress: bool | None) -> tqdm:
-    hidden = None if progress is None else not progress
-    return tqdm(desc=name, total=windows, unit="window", leave=False, file=sys.stderr, disable=hidden)

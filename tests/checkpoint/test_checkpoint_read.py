@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import LLAMA3_ROPE, make_tiny
 from factored import factor, mixed_ranks, read_config, read_tensors, write_factored, write_folder
 from safetensors.numpy import load_file, save_file
+from tiny import LLAMA3_ROPE, make_tiny
 
 import jaxsvd
 from jaxsvd.checkpoint.read import Checkpoint, CheckpointWeights

@@ -9,7 +9,6 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import make_tiny
 from factored import (
     factor,
     mixed_ranks,
@@ -22,6 +21,7 @@ from factored import (
     write_folder,
 )
 from safetensors.numpy import save_file
+from tiny import make_tiny
 
 import jaxsvd
 from jaxsvd import cli

@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import make_tiny
 from factored import read_config, read_tensors, write_folder
+from tiny import make_tiny
 
 import jaxsvd
 

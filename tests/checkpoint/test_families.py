@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny
 from factored import NAMES, factor, mixed_ranks, read_config, read_tensors, with_weights, write_factored, write_folder
+from tiny import make_tiny
 
 import jaxsvd
 from jaxsvd import kernels

@@ -6,22 +6,12 @@ import numpy as np
 import pytest
 from evaluating import reference
 from safetensors.numpy import load_file, save_file
+from tiny import MAX_POSITIONS, open_engine, prompts_of
 
 import jaxsvd
 from jaxsvd import kernels
 from jaxsvd.checkpoint.read import Checkpoint
 from jaxsvd.engine import Engine
-
-MAX_POSITIONS = 512  # of the tiny models
-
-
-def open_engine(folder, **options):
-    return Engine(Checkpoint(folder).load(kernels.choose(), jnp.float32), **options)
-
-
-def prompts_of(*lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 128, length).tolist() for length in lengths]
 
 
 def check(scores, model, prompts):

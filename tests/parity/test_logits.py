@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny
 from factored import mixed_ranks, projections, read_tensors, with_weights, write_factored
+from tiny import make_tiny
 
 import jaxsvd
 from jaxsvd import kernels
