@@ -1,0 +1,7 @@
+"""python -m jaxsvd.cli COMMAND …"""
+
+import sys
+
+from jaxsvd.cli import main
+
+sys.exit(main())
