@@ -257,11 +257,13 @@ def load(
         model: a registry name (`qwen3-4b`), a Hub id (`Qwen/Qwen3-4B`), a folder or an opened `Checkpoint`.
         dtype: of weights and activations: "float32", "bfloat16", "float16" or a dtype. Default: bfloat16 on
             accelerators, float32 on CPU, where the others are many times slower.
-        backend: who multiplies: "auto" or "xla".
+        backend: who multiplies: "xla"; "neuron", the kernels for Trainium; "neuron-emulated", these kernels in NumPy,
+            thousands of times slower; or "auto": "neuron" where it can be had, else "xla".
         progress: a progress bar on stderr; by default where stderr is a terminal.
         steps_per_dispatch: tokens decoded per call of the device; default 2 on CPU, 8 elsewhere.
 
-    Raises ModelError for a model that can't be had or is broken, UsageError for options that can't be used.
+    Raises ModelError for a model that can't be had or is broken, UsageError for options that can't be used, JaxsvdError
+    for a kernel that does not give what XLA gives.
     """
     start = time.perf_counter()
     chosen, kernel = _dtype(dtype), kernels.choose(backend)

@@ -43,12 +43,15 @@ class Projections(nnx.Module):
         group = [matrix for matrix, _ in loaded]
         self.backend = backend
         self.plan: Any = backend.plan(tuple(shape_of(matrix) for matrix in group))
-        if isinstance(group[0][0], jax.ShapeDtypeStruct):
+        abstract = isinstance(group[0][0], jax.ShapeDtypeStruct)
+        if abstract:
             arrays = [jax.ShapeDtypeStruct(shape, weights.dtype) for shape in self.plan.array_shapes]
         else:
             arrays = backend.pack(self.plan, group)
         self.arrays = nnx.List([parameter(array, weights.place) for array in arrays])
         self.biases = nnx.List([parameter(offset) for _, offset in loaded if offset is not None])
+        if not abstract:
+            backend.check(self.plan, [array[...] for array in self.arrays])
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         """x (…, inputs) to one (…, outputs) per member, in x's dtype."""

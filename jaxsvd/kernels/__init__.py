@@ -2,9 +2,11 @@
 
 A *group* is a list of matrices that read the same x; each is `Dense` or `Factored`. A backend answers three questions
 about a group: how its arrays are laid out (`plan`, in Python, from shapes alone), how the matrices become those arrays
-(`pack`, once, at load), and how x goes through them (`project`, inside `jax.jit`). This package knows arrays only.
+(`pack`, once, at load), and how x goes through them (`project`, inside `jax.jit`); and checks its kernels against XLA's
+dots (`check`, at load). This package knows arrays only.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +15,8 @@ import jax
 import numpy as np
 
 from jaxsvd.errors import UsageError
+
+logger = logging.getLogger("jaxsvd")
 
 
 class Dense(NamedTuple):
@@ -73,14 +77,35 @@ class Backend(Protocol):
         """Float32 logits (…, vocab) of x (…, width) against a table of token vectors (vocab, width)."""
         ...
 
+    def check(self, plan: Any, arrays: Sequence[jax.Array]) -> None:
+        """Compare with XLA on a group's real arrays, at load. Raises JaxsvdError where the two disagree."""
+        ...
+
+
+BACKENDS = ("auto", "xla", "neuron", "neuron-emulated")
+
 
 def choose(backend: str = "auto", platform: str | None = None) -> Backend:
-    """The backend for a platform (default: JAX's own). XLA is the default and the oracle of every other one.
+    """The backend of that name, for a platform (default: JAX's own). XLA is the oracle of every other one.
 
-    Raises UsageError for a name that there is no backend for.
+    "auto" is Neuron's kernels on platform neuron where they can be called, and XLA everywhere else; "neuron-emulated"
+    runs these kernels in NumPy, slowly, on any platform but that. Raises UsageError for a name that there is no
+    backend for, and where "neuron" is asked for and can't be had.
     """
+    if backend not in BACKENDS:
+        raise UsageError(f"there is no backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    platform = platform or jax.default_backend()
+    if backend.startswith("neuron") or (backend == "auto" and platform == "neuron"):
+        from jaxsvd.kernels.neuron import Neuron, packages
+
+        if backend == "neuron-emulated":
+            return Neuron("emulated", packages.emulated_target(platform))
+        obstacle = packages.obstacle(platform)
+        if obstacle is None:
+            return Neuron("device")
+        if backend == "neuron":
+            raise UsageError(obstacle)
+        logger.warning("XLA multiplies, not the kernels for Neuron: %s", obstacle)
     from jaxsvd.kernels.xla import XLA
 
-    if backend in ("auto", "xla"):
-        return XLA(platform or jax.default_backend(), len(os.sched_getaffinity(0)))
-    raise UsageError(f"there is no backend {backend!r}: choose one of auto, xla")
+    return XLA(platform, len(os.sched_getaffinity(0)))
