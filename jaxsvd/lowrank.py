@@ -28,6 +28,7 @@ class Projections(nnx.Module):
         inputs: the width of x.
         outputs: the width of each member by its name, e.g. `{"q_proj": 2048, "k_proj": 512, "v_proj": 512}`.
         bias: whether the members have biases.
+        check: whether to compare the backend's kernel with XLA: not where the group only runs as a part of `gated`.
     """
 
     def __init__(
@@ -38,22 +39,55 @@ class Projections(nnx.Module):
         inputs: int,
         outputs: Mapping[str, int],
         bias: bool = False,
+        check: bool = True,
     ) -> None:
         loaded = [weights.matrix(f"{parent}.{name}", inputs, width, bias) for name, width in outputs.items()]
         group = [matrix for matrix, _ in loaded]
         self.backend = backend
         self.plan: Any = backend.plan(tuple(shape_of(matrix) for matrix in group))
-        abstract = isinstance(group[0][0], jax.ShapeDtypeStruct)
-        if abstract:
+        self.abstract = isinstance(group[0][0], jax.ShapeDtypeStruct)
+        if self.abstract:
             arrays = [jax.ShapeDtypeStruct(shape, weights.dtype) for shape in self.plan.array_shapes]
         else:
             arrays = backend.pack(self.plan, group)
         self.arrays = nnx.List([parameter(array, weights.place) for array in arrays])
         self.biases = nnx.List([parameter(offset) for _, offset in loaded if offset is not None])
-        if not abstract:
-            backend.check(self.plan, [array[...] for array in self.arrays])
+        if check and not self.abstract:
+            backend.check(self.plan, self.values)
+
+    @property
+    def values(self) -> list[jax.Array]:
+        """The packed arrays."""
+        return [array[...] for array in self.arrays]
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         """x (…, inputs) to one (…, outputs) per member, in x's dtype."""
-        ys = self.backend.project(self.plan, x, [array[...] for array in self.arrays])
+        ys = self.backend.project(self.plan, x, self.values)
         return [y + offset[...] for y, offset in zip(ys, self.biases, strict=True)] if self.biases else ys
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x))·up(x)): gate and up are one group, and the backend may take both groups together.
+
+    Args:
+        weights, backend, bias: see `Projections`.
+        parent: the HF path, e.g. `model.layers.0.mlp`.
+        hidden: the width of x and of the result.
+        inner: the width between.
+    """
+
+    def __init__(self, weights: Weights, backend: Backend, parent: str, hidden: int, inner: int, bias: bool) -> None:
+        outputs = {"gate_proj": inner, "up_proj": inner}
+        self.gate_up = Projections(weights, backend, parent, hidden, outputs, bias, check=bias)
+        self.down = Projections(weights, backend, parent, inner, {"down_proj": hidden}, bias, check=bias)
+        if not bias and not self.down.abstract:
+            backend.check_mlp(self.gate_up.plan, self.down.plan, self.gate_up.values, self.down.values)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (…, hidden) to the same shape."""
+        if not self.gate_up.biases and not self.down.biases:
+            first, second = self.gate_up, self.down
+            return first.backend.mlp(first.plan, second.plan, x, first.values, second.values)
+        gate, up = self.gate_up(x)
+        (y,) = self.down(jax.nn.silu(gate) * up)
+        return y

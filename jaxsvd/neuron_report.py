@@ -227,7 +227,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _cells(values: Sequence[Any]) -> list[str]:
-    widths = (6, 14, 8, 6, 5, 8, 6, 6, 6, 9, 7, 6)
+    widths = (6, 14, 16, 6, 5, 8, 6, 6, 6, 9, 7, 6)
     padded = zip(values, widths, "<<<<<>>>>>>>", strict=True)
     return [f"{value!s:{side}{width}}" for value, width, side in padded]
 
@@ -238,30 +238,37 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
 
     targets = sorted({row["target"] for row in found})
     figure = plots.figure(4.5 * len(targets), 7)
-    axes = figure.subplots(2, len(targets), squeeze=False)
-    for column, target in enumerate(targets):
-        own = [row for row in found if row["target"] == target]
-        chain = [row for row in own if row["model"] == "chain"]
-        for way in WAYS:
-            points = [(row["tokens"], row["hbm_bytes"] / 2**30) for row in chain if row["way"] == way]
-            if points:
-                axes[0, column].loglog(*zip(*points, strict=True), marker="o", label=way)
-            if measured := [
-                (row["tokens"], gib) for row in chain if row["way"] == way and (gib := row.get("neuronmm_measured_gib"))
-            ]:
-                axes[0, column].loglog(*zip(*measured, strict=True), "x:", label=f"{way}, NeuronMM measured")
-        axes[0, column].set(title=f"{target}: HBM GiB of the chain (emulated)", xlabel="tokens")
-        if chain:
-            axes[0, column].legend(fontsize=7)
-        names = [name for name in MODELS if any(row["model"] == name for row in own)]
-        for offset, tokens in enumerate((PREFILL, *DECODE)):
-            ratios = [_layer(own, name, "dense", tokens) / _layer(own, name, "fused", tokens) for name in names]
-            axes[1, column].bar([i + 0.27 * offset for i in range(len(names))], ratios, 0.25, label=f"{tokens} tokens")
-        axes[1, column].set(title=f"{target}: dense/fused, modelled lower bounds", xticks=range(len(names)))
-        axes[1, column].set_xticklabels(names, rotation=20, fontsize=7)
-        axes[1, column].axhline(1, color="black", linewidth=0.5)
-        axes[1, column].legend(fontsize=7)
+    for column, (upper, lower) in enumerate(figure.subplots(2, len(targets), squeeze=False).T):
+        own = [row for row in found if row["target"] == targets[column]]
+        _draw_chain(upper, [row for row in own if row["model"] == "chain"])
+        upper.set(title=f"{targets[column]}: HBM GiB of the chain (emulated)", xlabel="tokens")
+        _draw_layers(lower, own)
+        lower.set(title=f"{targets[column]}: time of dense over fused (modelled)")
     figure.savefig(path)
+
+
+def _draw_chain(axes: Any, chain: Sequence[dict[str, Any]]) -> None:
+    for way, color in zip(WAYS, ("C0", "C1", "C2"), strict=True):
+        own = [row for row in chain if row["way"] == way]
+        measured = [(row["tokens"], gib) for row in own if (gib := row.get("neuronmm_measured_gib"))]
+        for points, style, label in (
+            ([(row["tokens"], row["hbm_bytes"] / 2**30) for row in own], "o-", way),
+            (measured, "x:", f"{way}, NeuronMM measured"),
+        ):
+            if points:
+                axes.loglog(*zip(*points, strict=True), style, color=color, label=label)
+    if chain:
+        axes.legend(fontsize=7)
+
+
+def _draw_layers(axes: Any, own: Sequence[dict[str, Any]]) -> None:
+    names = [name for name in MODELS if any(row["model"] == name for row in own)]
+    for offset, tokens in enumerate((PREFILL, *DECODE)):
+        ratios = [_layer(own, name, "dense", tokens) / _layer(own, name, "fused", tokens) for name in names]
+        axes.bar([i + 0.27 * (offset - 1) for i in range(len(names))], ratios, 0.25, label=f"{tokens} tokens")
+    axes.set_xticks(range(len(names)), names, fontsize=7)
+    axes.axhline(1, color="black", linewidth=0.5)
+    axes.legend(fontsize=7, loc="lower right")
 
 
 def _layer(found: Sequence[dict[str, Any]], model: str, way: str, tokens: int) -> float:

@@ -73,12 +73,25 @@ class Backend(Protocol):
         """Multiply x (…, in) with every matrix of the group: [(…, out), …] in x's dtype, sums in float32."""
         ...
 
+    def mlp(
+        self, gate_up: Any, down: Any, x: jax.Array, first: Sequence[jax.Array], second: Sequence[jax.Array]
+    ) -> jax.Array:
+        """down(silu(gate(x))·up(x)) of x (…, in), where no projection has a bias.
+
+        `gate_up` and `down` are the plans of the two groups, `first` and `second` their arrays.
+        """
+        ...
+
     def attend(self, x: jax.Array, table: jax.Array) -> jax.Array:
         """Float32 logits (…, vocab) of x (…, width) against a table of token vectors (vocab, width)."""
         ...
 
     def check(self, plan: Any, arrays: Sequence[jax.Array]) -> None:
-        """Compare with XLA on a group's real arrays, at load. Raises JaxsvdError where the two disagree."""
+        """Compare `project` with XLA on a group's real arrays, at load. Raises JaxsvdError where the two disagree."""
+        ...
+
+    def check_mlp(self, gate_up: Any, down: Any, first: Sequence[jax.Array], second: Sequence[jax.Array]) -> None:
+        """The same of `mlp`."""
         ...
 
 

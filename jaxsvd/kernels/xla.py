@@ -129,6 +129,19 @@ class XLA:
             for strip, stored in zip(strips, plan.second, strict=True)
         ]
 
+    def mlp(
+        self,
+        gate_up: GroupPlan,
+        down: GroupPlan,
+        x: jax.Array,
+        first: Sequence[jax.Array],
+        second: Sequence[jax.Array],
+    ) -> jax.Array:
+        """The two groups, one after the other."""
+        gate, up = self.project(gate_up, x, first)
+        (y,) = self.project(down, jax.nn.silu(gate) * up, second)
+        return y
+
     def attend(self, x: jax.Array, table: jax.Array) -> jax.Array:
         """One dot with the table as it lies."""
         vocab, width = table.shape
@@ -137,3 +150,8 @@ class XLA:
 
     def check(self, plan: GroupPlan, arrays: Sequence[jax.Array]) -> None:
         """Nothing: it is the oracle."""
+
+    def check_mlp(
+        self, gate_up: GroupPlan, down: GroupPlan, first: Sequence[jax.Array], second: Sequence[jax.Array]
+    ) -> None:
+        """Nothing."""

@@ -11,7 +11,7 @@ from jaxsvd.cache import KVCache, write
 from jaxsvd.config import ModelConfig
 from jaxsvd.kernels import Backend
 from jaxsvd.layers import Embedding, RMSNorm, rope_angles, rotate
-from jaxsvd.lowrank import Projections
+from jaxsvd.lowrank import GatedMLP, Projections
 from jaxsvd.weights import Weights
 
 
@@ -55,23 +55,6 @@ class Attention(nnx.Module):
         return y, keys, values
 
 
-class MLP(nnx.Module):
-    """The gated MLP, down(silu(gate(x))·up(x)); gate and up are one group."""
-
-    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, path: str) -> None:
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up = Projections(
-            weights, backend, path, hidden, {"gate_proj": inner, "up_proj": inner}, config.mlp_bias
-        )
-        self.down = Projections(weights, backend, path, inner, {"down_proj": hidden}, config.mlp_bias)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x (…, hidden) to the same shape."""
-        gate, up = self.gate_up(x)
-        (y,) = self.down(jax.nn.silu(gate) * up)
-        return y
-
-
 class Layer(nnx.Module):
     """One pre-norm transformer layer."""
 
@@ -84,7 +67,9 @@ class Layer(nnx.Module):
         self.input_layernorm = norm("input_layernorm")
         self.self_attn = self.attention(config, weights, backend, f"{path}.self_attn")
         self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.mlp = MLP(config, weights, backend, f"{path}.mlp")
+        self.mlp = GatedMLP(
+            weights, backend, f"{path}.mlp", config.hidden_size, config.intermediate_size, config.mlp_bias
+        )
 
     def __call__(
         self, x: jax.Array, keys: jax.Array, values: jax.Array, step: Step

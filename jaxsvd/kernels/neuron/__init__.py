@@ -4,8 +4,9 @@ It is the engine's side of the kernels in this folder; `bridge` calls them. Noth
 kernel before one is called, so that the backend can be chosen, emulated and lowered where they are not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jaxsvd.kernels.xla import XLA, GroupPlan, Stored
 # What a kernel may differ from XLA by, as a relative Frobenius error. Both round the strip and the result to the dtype,
 # each up to 2.3e-3 in bfloat16, and sum in float32; one element of 4096 left out of a sum makes 1.6e-2.
 TOLERANCES = {"bfloat16": 5e-3, "float16": 1e-3, "float32": 1e-4}
+PARTITIONS = 128  # of the layout "tiles" in which two kernels hand activations on
 # Kernels are checked at one row, as in decoding, and at a number that no tile divides; an emulated row is dear.
 CHECKED_ROWS: dict[bridge.How, tuple[int, ...]] = {"device": (1, 130), "emulated": (1, 5), "lowered": ()}
 
@@ -34,7 +36,7 @@ class Neuron:
 
     how: bridge.How = "device"
     target: str = "trn2"
-    _checked: set[tuple[GroupPlan, str]] = field(default_factory=set, compare=False, repr=False)
+    _checked: set[tuple[tuple[GroupPlan, ...], str]] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -61,12 +63,41 @@ class Neuron:
 
     def project(self, plan: GroupPlan, x: jax.Array, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """One kernel for the group, called once for every `bridge.TOKENS` rows of x."""
-        first, *rest = arrays
-        second = iter(rest)
-        factors = [next(second) if stored else None for stored in plan.second]
-        rows = x.reshape(-1, plan.first.inputs)
-        ys = bridge.project(bridge.Call(self.how, self.target, plan.widths), rows, first, factors)
+
+        def run(rows: jax.Array) -> tuple[jax.Array, ...]:
+            return self._group(plan, rows, arrays)
+
+        ys = bridge.in_chunks(run, x.reshape(-1, plan.first.inputs))
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+    def mlp(
+        self,
+        gate_up: GroupPlan,
+        down: GroupPlan,
+        x: jax.Array,
+        first: Sequence[jax.Array],
+        second: Sequence[jax.Array],
+    ) -> jax.Array:
+        """Two kernels: the product of gate and up leaves the first as the second takes it, without a transpose."""
+        tiles = -(-down.first.inputs // PARTITIONS)
+
+        def run(rows: jax.Array) -> tuple[jax.Array, ...]:
+            outputs = [jax.ShapeDtypeStruct((PARTITIONS, tiles, len(rows)), x.dtype)]
+            call = bridge.Call(self.how, self.target, "swiglu_xuv", gate_up.widths)
+            (product,) = bridge.call(call, outputs, rows, *_operands(gate_up, first))
+            return self._group(down, product, second, "tiles")
+
+        (y,) = bridge.in_chunks(run, x.reshape(-1, gate_up.first.inputs))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _group(
+        self, plan: GroupPlan, x: jax.Array, arrays: Sequence[jax.Array], layout: str = "rows"
+    ) -> tuple[jax.Array, ...]:
+        tokens = x.shape[0 if layout == "rows" else -1]
+        widths = [stored.outputs if stored else width for stored, width in zip(plan.second, plan.widths, strict=True)]
+        outputs = [jax.ShapeDtypeStruct((tokens, width), x.dtype) for width in widths]
+        call = bridge.Call(self.how, self.target, "xuv_group", plan.widths, layout)
+        return bridge.call(call, outputs, x, *_operands(plan, arrays))
 
     def attend(self, x: jax.Array, table: jax.Array) -> jax.Array:
         """As XLA does: there is no kernel for it."""
@@ -78,38 +109,63 @@ class Neuron:
         Kernels that silently return zeros have shipped in this field. Raises JaxsvdError where the two disagree,
         or where the kernel can't be run.
         """
-        key = plan, arrays[0].dtype.name
-        if key in self._checked:
+
+        def run(backend: "Neuron | XLA", x: jax.Array, arrays: Any) -> list[jax.Array]:
+            return backend.project(plan, x, arrays)
+
+        self._check_once((plan,), run, arrays)
+
+    def check_mlp(
+        self, gate_up: GroupPlan, down: GroupPlan, first: Sequence[jax.Array], second: Sequence[jax.Array]
+    ) -> None:
+        """The same of `mlp`."""
+
+        def run(backend: "Neuron | XLA", x: jax.Array, arrays: Any) -> list[jax.Array]:
+            return [backend.mlp(gate_up, down, x, *arrays)]
+
+        self._check_once((gate_up, down), run, (first, second))
+
+    def _check_once(self, plans: tuple[GroupPlan, ...], run: Callable[..., list[jax.Array]], arrays: Any) -> None:
+        dtype = jax.tree.leaves(arrays)[0].dtype
+        if (plans, dtype.name) in self._checked:
             return
         try:
-            self._compare(plan, arrays)
+            self._compare(plans, dtype, run, arrays)
         except jax.errors.JaxRuntimeError as error:  # its last line says why
             reason = str(error).strip().splitlines()[-1]
-            raise JaxsvdError(f"the kernel of backend {self.name} can't be run ({reason}): use backend xla") from error
-        self._checked.add(key)
+            raise JaxsvdError(f"a kernel of backend {self.name} can't be run ({reason}): use backend xla") from error
+        self._checked.add((plans, dtype.name))
 
-    def _compare(self, plan: GroupPlan, arrays: Sequence[jax.Array]) -> None:
-        dtype, rng = arrays[0].dtype, np.random.default_rng(0)
-        xs = [
-            rng.standard_normal((rows, plan.first.inputs), np.float32).astype(dtype) for rows in CHECKED_ROWS[self.how]
-        ]
+    def _compare(
+        self, plans: tuple[GroupPlan, ...], dtype: np.dtype, run: Callable[..., list[jax.Array]], arrays: Any
+    ) -> None:
+        rng, inputs = np.random.default_rng(0), plans[0].first.inputs
+        xs = [rng.standard_normal((rows, inputs), np.float32).astype(dtype) for rows in CHECKED_ROWS[self.how]]
 
         @jax.jit  # one compilation for all
-        def both(xs: list[jax.Array], arrays: Sequence[jax.Array]) -> list[tuple[list[jax.Array], list[jax.Array]]]:
-            return [(self.project(plan, x, arrays), _XLA.project(plan, x, arrays)) for x in xs]
+        def both(xs: list[jax.Array], arrays: Any) -> list[tuple[list[jax.Array], list[jax.Array]]]:
+            return [(run(self, x, arrays), run(_XLA, x, arrays)) for x in xs]
 
+        allowed = TOLERANCES[dtype.name] * len(plans)  # each rounds once more
         for x, (found, wanted) in zip(xs, both(xs, arrays), strict=True):
             off = max(map(_distance, found, wanted), key=lambda distance: (np.isnan(distance), distance))
-            if not off <= TOLERANCES[dtype.name]:
-                shapes = " and ".join(map(str, plan.array_shapes))
+            if not off <= allowed:
+                shapes = " and ".join(str(shape) for plan in plans for shape in plan.array_shapes)
                 raise JaxsvdError(
-                    f"the kernel of backend {self.name} differs from XLA by {off:.2g} of the result where "
-                    f"{TOLERANCES[dtype.name]:.2g} is allowed, at {len(x)} rows through {shapes} in {dtype.name}: "
+                    f"a kernel of backend {self.name} differs from XLA by {off:.2g} of the result where "
+                    f"{allowed:.2g} is allowed, at {len(x)} rows through {shapes} in {dtype.name}: "
                     "it can't be used, take backend xla"
                 )
 
 
 _XLA = XLA("neuron")
+
+
+def _operands(plan: GroupPlan, arrays: Sequence[jax.Array]) -> list[jax.Array | None]:
+    """What a kernel takes behind x: the first array, and each member's V, None where it is dense."""
+    first, *rest = arrays
+    second = iter(rest)
+    return [first, *(next(second) if stored else None for stored in plan.second)]
 
 
 def _distance(found: jax.Array, wanted: jax.Array) -> float:

@@ -4,8 +4,9 @@ Which of the three is chosen in Python when the backend is built: the graph then
 """
 
 import base64
+import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,74 +25,73 @@ LNC_VARIABLE = "NEURON_LOGICAL_NC_CONFIG"
 TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 TARGETS = ("trn1", "trn2", "trn3")
 CUSTOM_CALL = "AwsNeuronCustomNativeKernel"
+KERNELS = {"xuv_group": "xuv", "swiglu_xuv": "mlp"}  # and the files that they are in
 
 
 class Call(NamedTuple):
-    """Static under `jax.jit`: how the kernel is called, for which chip, and the columns of `first` of each member."""
+    """Static under `jax.jit`: how a kernel is called, for which chip, which one, and what it is told beside arrays."""
 
     how: How
     target: str
+    kernel: str
     widths: tuple[int, ...]
+    x_layout: str = "rows"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The kernel's keyword arguments."""
+        return {"widths": self.widths, "x_layout": self.x_layout}
 
 
-def project(call: Call, x: jax.Array, first: jax.Array, second: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
-    """x (tokens, in) through a group's matrices: (tokens, out) of each in x's dtype, `TOKENS` rows at a time.
-
-    Args:
-        call: see `Call`.
-        x: any number of rows.
-        first: (in, sum of widths), each low-rank member's U and each dense one's matrix side by side.
-        second: each low-rank member's V (width, out); None for a dense one.
-    """
-    chunks = [x[start : start + TOKENS] for start in range(0, x.shape[0], TOKENS)]  # static slices
-    results = [_CALLS[call.how](call, chunk, first, second) for chunk in chunks]
-    if len(results) == 1:
-        return results[0]
-    return tuple(jnp.concatenate(ys) for ys in zip(*results, strict=True))
+Outputs = Sequence[jax.ShapeDtypeStruct]
+Arrays = Sequence[jax.Array | None]
 
 
-def _shapes(call: Call, x: jax.Array, second: Sequence[jax.Array | None]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What the kernel returns."""
-    outputs = [width if v is None else v.shape[1] for width, v in zip(call.widths, second, strict=True)]
-    return tuple(jax.ShapeDtypeStruct((x.shape[0], width), x.dtype) for width in outputs)
+def call(kernel: Call, outputs: Outputs, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Call a kernel on arrays, None for the V of a dense member; `outputs` are the shapes of what it gives."""
+    return _CALLS[kernel.how](kernel, outputs, arrays)
 
 
-def _run(call: Call, x: jax.Array, first: jax.Array, second: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
+def in_chunks(run: Callable[[jax.Array], Sequence[jax.Array]], x: jax.Array) -> list[jax.Array]:
+    """`run` over x (tokens, in), `TOKENS` rows at a time, and its results (tokens, …) put together."""
+    chunks = [run(x[start : start + TOKENS]) for start in range(0, x.shape[0], TOKENS)]  # static slices
+    return list(chunks[0]) if len(chunks) == 1 else [jnp.concatenate(ys) for ys in zip(*chunks, strict=True)]
+
+
+def _run(kernel: Call, outputs: Outputs, arrays: Arrays) -> tuple[jax.Array, ...]:
     """Call nki's kernel, which makes the custom call itself, on an explicit number of physical cores."""
-    from jaxsvd.kernels.neuron.xuv import xuv_group
-
-    kernel: Any = xuv_group  # `nki.jit` makes it one
-    ys = kernel[LNC](x, first, *second, widths=call.widths)
+    module = importlib.import_module(f"jaxsvd.kernels.neuron.{KERNELS[kernel.kernel]}")
+    ys = getattr(module, kernel.kernel)[LNC](*arrays, **kernel.options)
     return tuple(ys) if isinstance(ys, tuple | list) else (ys,)
 
 
-def _emulate(call: Call, x: jax.Array, first: jax.Array, second: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
+def _emulate(kernel: Call, outputs: Outputs, arrays: Arrays) -> tuple[jax.Array, ...]:
     """Run the kernel's file in NumPy, by a callback of the host."""
     from jaxsvd.kernels.neuron import emulator
 
-    kernel = emulator.load("xuv").xuv_group
+    function = getattr(emulator.load(KERNELS[kernel.kernel]), kernel.kernel)
 
-    def run(x: Any, first: Any, second: list[Any]) -> tuple[np.ndarray, ...]:
+    def run(arrays: list[Any]) -> tuple[np.ndarray, ...]:
         # NumPy only: a JAX computation that starts in here can wait for ever for the one that called it.
-        arrays = [None if array is None else np.asarray(array) for array in (x, first, *second)]
-        return tuple(emulator.run(kernel, *arrays, target=call.target, widths=call.widths).outputs)
+        given = [None if array is None else np.asarray(array) for array in arrays]
+        return tuple(emulator.run(function, *given, target=kernel.target, **kernel.options).outputs)
 
-    return jax.pure_callback(run, _shapes(call, x, second), x, first, list(second))
+    return jax.pure_callback(run, tuple(outputs), list(arrays))
 
 
-def _lower(call: Call, x: jax.Array, first: jax.Array, second: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
+def _lower(kernel: Call, outputs: Outputs, arrays: Arrays) -> tuple[jax.Array, ...]:
     """Make the custom call that nki would, without the kernel in it: it can be lowered, not run.
 
     With it, a machine without AWS's packages sees the engine's graphs as they are on Trainium.
     """
-    config = {"func_name": "xuv_group", "grid": [LNC], "has_collectives": False}
+    config = {"func_name": kernel.kernel, "grid": [LNC], "has_collectives": False}
     custom_call = jax.ffi.ffi_call(
         CUSTOM_CALL,
-        _shapes(call, x, second),
+        tuple(outputs),
         custom_call_api_version=2,  # API_VERSION_STATUS_RETURNING
         legacy_backend_config=base64.b64encode(json.dumps(config).encode()).decode(),
     )
-    return tuple(custom_call(x, first, *(v for v in second if v is not None)))
+    return tuple(custom_call(*(array for array in arrays if array is not None)))
 
 
 _CALLS = {"device": _run, "emulated": _emulate, "lowered": _lower}

@@ -1,0 +1,73 @@
+"""The report of what the Trainium kernels cost."""
+
+import json
+
+import pytest
+
+from jaxsvd import cli, neuron_report
+from jaxsvd.neuron_report import MODELS, groups_of
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return neuron_report.measure(["trn2"], ["qwen3-4b"], chain=False, progress=False)
+
+
+def find(rows, group, way, tokens):
+    (row,) = [row for row in rows if (row["group"], row["way"], row["tokens"]) == (group, way, tokens)]
+    return row
+
+
+def test_every_group_is_there_each_way(rows):
+    assert {(row["group"], row["way"]) for row in rows} == {
+        ("mlp", "fused"),
+        *((group.name, way) for group in groups_of(MODELS["qwen3-4b"]) for way in ("fused", "pair", "dense")),
+    }
+    assert {row["tokens"] for row in rows} == {1, 16, 1024}
+
+
+def test_compulsory_bytes_are_the_weights_and_the_activations(rows):
+    row = find(rows, "qkv", "fused", 16)
+    weights = 1280 * (2560 + 4096) + 2 * 640 * (2560 + 1024)
+    assert row["compulsory_bytes"] == 2 * (weights + 16 * (2560 + 4096 + 2 * 1024)) == row["hbm_bytes"]
+    dense = find(rows, "qkv", "dense", 16)
+    assert dense["hbm_bytes"] == 2 * (2560 * 6144 + 16 * (2560 + 6144))
+
+
+def test_fused_is_never_worse_on_a_models_layers(rows):
+    for group in ("qkv", "o", "gate,up", "down"):
+        for tokens in (1, 16, 1024):
+            fused, pair, dense = (find(rows, group, way, tokens) for way in ("fused", "pair", "dense"))
+            assert fused["hbm_bytes"] <= pair["hbm_bytes"] and fused["hbm_bytes"] < dense["hbm_bytes"]
+            times = [row["modelled_lower_bound_seconds"]["total"] for row in (fused, pair, dense)]
+            assert times == sorted(times)
+
+
+def test_the_command(tmp_path, capsys):
+    out, plot = tmp_path / "r.json", tmp_path / "r.png"
+    options = ["--target", "trn1", "--model", "llama-3.2-1b", "--no-chain", "-q"]
+    assert cli.run("neuron-report", [*options, "--out", str(out), "--plot", str(plot)]) == 0
+    printed, saved = capsys.readouterr().out, json.loads(out.read_text())
+    assert "trn1" in printed and "trn2" not in printed and "qwen3" not in printed and "chain" not in printed
+    assert len(saved["rows"]) == 4 * 3 * 3 + 3 and "nothing was run on Trainium" in saved["note"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert cli.run("neuron-report", [*options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == saved
+
+
+def test_unknown_names_are_refused(capsys):
+    assert cli.run("neuron-report", ["--target", "trn9", "-q"]) == 2
+    assert cli.run("neuron-report", ["--model", "gpt", "-q"]) == 2
+    assert "choose among llama-3.2-1b" in capsys.readouterr().err
+
+
+def test_the_measured_figures_stand_beside_the_chain():
+    (row,) = [
+        row
+        for row in neuron_report._measure(
+            "trn1", "chain", neuron_report.Group("xuv", 8192, ((16384, 4096),), "xuv"), 2048
+        )
+        if row["way"] == "fused"
+    ]
+    assert row["neuronmm_measured_ms"] == 5.0
+    assert "NeuronMM measured 5.0 ms" in neuron_report.table([row])
