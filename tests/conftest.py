@@ -1,5 +1,6 @@
 """Fixtures of all tests: the tiny models, and the demo model."""
 
+import json
 import os
 from pathlib import Path
 
@@ -44,6 +45,25 @@ def smollm() -> Path:
     from jaxsvd.demo import get_demo_model
 
     return get_demo_model()
+
+
+@pytest.fixture(scope="session")
+def source(smollm, tmp_path_factory) -> Path:
+    """SmolLM2's first two layers: real matrices in little time."""
+    from jaxsvd.checkpoint.files import TensorFiles
+    from jaxsvd.checkpoint.write import TensorWriter, copy_companions, write_json
+
+    folder = tmp_path_factory.mktemp("two-layers")
+    files = TensorFiles(smollm)
+    writer = TensorWriter(folder)
+    for name in files.entries:
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < 2:
+            writer.add(name, files.read(name))
+    writer.close()
+    copy_companions(smollm, folder)
+    config = json.loads((smollm / "config.json").read_text())
+    write_json(folder / "config.json", config | {"num_hidden_layers": 2})
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
