@@ -46,8 +46,8 @@ def lm(tiny_llama):
 
 
 @pytest.fixture(scope="module")
-def smol(smollm):
-    return jaxsvd.load(smollm)
+def smol(source):
+    return jaxsvd.load(source)
 
 
 @pytest.fixture
@@ -481,14 +481,14 @@ def test_statistics_are_plausible(tiny_llama, new):
         assert stats.peak_bytes > 10**7
 
 
-def test_load_and_generate(smollm, smol):
+# SmolLM2's tokenizer, and two of its layers: they write nonsense, of every kind of token.
+
+
+def test_load_and_generate(source, smol):
     prompt = "The capital of France is"
-    text = jaxsvd.load_and_generate(smollm, prompt, dtype="float32", progress=False, max_new_tokens=6)
+    text = jaxsvd.load_and_generate(source, prompt, dtype="float32", progress=False, max_new_tokens=6)
     assert text == smol.generate(prompt, max_new_tokens=6).text
-    assert "Paris" in text
 
-
-# SmolLM2.
 
 CHAT = [{"role": "user", "content": "Name three primary colours."}]
 
@@ -511,8 +511,10 @@ def test_a_stream_joins_to_the_text(smol, prompt, options):
     assert all(pieces)
 
 
-def test_a_chat_ends_by_itself(smol):
-    completion = smol.generate([{"role": "user", "content": "What is 2+2? Answer with one number."}], 100)
+def test_a_chat_ends_by_itself(smollm):
+    completion = jaxsvd.load(smollm).generate(
+        [{"role": "user", "content": "What is 2+2? Answer with one number."}], 100
+    )
     assert completion.finish_reason == "stop"
     assert completion.token_ids[-1] == 2
     assert "<|im_end|>" not in completion.text
