@@ -65,9 +65,9 @@ def test_the_measured_figures_stand_beside_the_chain():
     (row,) = [
         row
         for row in neuron_report._measure(
-            "trn1", "chain", neuron_report.Group("xuv", 8192, ((16384, 4096),), "xuv"), 2048
+            "trn1", "chain", neuron_report.Group("xuv", 8192, ((16384, 4096),), "xuv"), 4096
         )
         if row["way"] == "fused"
     ]
-    assert row["neuronmm_measured_ms"] == 5.0
-    assert "NeuronMM measured 5.0 ms" in neuron_report.table([row])
+    assert (row["neuronmm_measured_ms"], row["token_block"]) == (10.2, 683)  # six blocks
+    assert "measured: NeuronMM 10.2 ms, 0.95 GiB" in neuron_report.table([row])

@@ -244,7 +244,8 @@ def test_on_a_device_the_kernel_is_called_with_its_cores(rng, monkeypatch):
 
     class Kernel:
         def __getitem__(self, cores):
-            def call(x, u, *second, widths, x_layout):
+            def call(x, u, v0=None, v1=None, v2=None, widths=(), x_layout="rows"):
+                second = [v0, v1, v2][: len(widths)]
                 assert x_layout == "rows"
                 seen.append((cores, [v is None for v in second], widths))
                 ys = [strip if v is None else strip @ v for strip, v in zip(split(x @ u, widths), second, strict=True)]
@@ -264,6 +265,16 @@ def test_on_a_device_the_kernel_is_called_with_its_cores(rng, monkeypatch):
             np.testing.assert_array_equal(y, product(x, matrix))
         Neuron().check(plan, arrays)
     assert seen[0] == (1, [True, False, True], (32, 5, 16)) and seen[-1] == (1, [False], (7,))
+
+
+def test_what_a_device_says_is_passed_on(rng, monkeypatch):
+    class Kernel:
+        def __getitem__(self, cores):
+            raise RuntimeError("[NCC_IXGM002] a long story\nit does not fit")
+
+    monkeypatch.setitem(sys.modules, "jaxsvd.kernels.neuron.xuv", types.SimpleNamespace(xuv_group=Kernel()))
+    with pytest.raises(JaxsvdError, match=r"can't be run \(it does not fit\): use backend xla"):
+        Neuron().check(*packed(Neuron(), make_group(rng, GROUPS["one low-rank"])))
 
 
 def test_loops_and_large_arrays_do_not_stop_the_callback(calls):
@@ -321,9 +332,9 @@ def test_right_kernels_pass_the_check(rng, dtype, calls):
     u, v = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
     plan, arrays = packed(backend, [Factored(u, v), Dense(rng.standard_normal((INPUTS, 16)).astype(dtype))])
     backend.check(plan, arrays)
-    assert calls == [1, 5]
+    assert calls == [1, 130]
     backend.check(plan, arrays)
-    assert calls == [1, 5]  # once for each plan
+    assert calls == [1, 130]  # once for each plan
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -113,7 +113,7 @@ def test_dma_takes_the_lower_rate():
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_peaks_by_liveness(target):
-    usable = {"trn1": 176, "trn2": 208, "trn3": 240}[target] * 1024
+    usable = {"trn1": 176, "trn2": 208, "trn3": 240}[target] * 1024 - 528
     together, alone = (cost("sequence", 5, 1000, both, target=target) for both in (True, False))
     assert (together.sbuf_peak, alone.sbuf_peak) == (5 * 2000, 2000)
     assert together.sbuf_margin == usable - 10000

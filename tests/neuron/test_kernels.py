@@ -86,7 +86,14 @@ LAYOUTS = {"rows": lambda x: x, "columns": lambda x: np.ascontiguousarray(x.T), 
 @pytest.mark.parametrize("y_layout", ["rows", "columns"])
 @pytest.mark.parametrize("x_layout", LAYOUTS)
 def test_xuv_of_every_layout(x_layout, y_layout, activation, rng):
-    for m, k, r, n in [(1, 576, 80, 192), (37, 130, 70, 300), (300, 257, 130, 515), (700, 200, 64, 130)]:
+    # The last is more tokens than a block has.
+    for m, k, r, n in [
+        (1, 576, 80, 192),
+        (37, 130, 70, 300),
+        (300, 257, 130, 515),
+        (700, 200, 64, 130),
+        (2300, 40, 9, 70),
+    ]:
         x, u, v = tokens_of(rng, "bf16", m, k), draw(rng, "bf16", k, r), draw(rng, "bf16", r, n)
         (y,) = emulator.run(
             XUV.xuv, LAYOUTS[x_layout](x), u, v, x_layout=x_layout, y_layout=y_layout, silu=activation
@@ -107,7 +114,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("tokens", [1, 50, 300])
+@pytest.mark.parametrize("tokens", [1, 50, 300, 2100])
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_of_low_rank_and_dense_members(name, tokens, rng):
     k, ranks, outputs = 450, (130, 64, 7), (600, 129, 256)
@@ -124,7 +131,7 @@ def test_groups_of_low_rank_and_dense_members(name, tokens, rng):
 
 
 @pytest.mark.parametrize("dense", ["", "gate", "up", "down", "gate up down"])
-@pytest.mark.parametrize("tokens", [1, 16, 300])
+@pytest.mark.parametrize("tokens", [1, 16, 300, 1100])
 def test_the_gated_mlp(tokens, dense, rng):
     k, n, ranks = 260, 450, {"gate": 70, "up": 130, "down": 40}
     x, firsts, vs, whole = tokens_of(rng, "bf16", tokens, k), {}, {}, {}
@@ -224,9 +231,10 @@ def test_decode_is_bound_by_its_bytes(target, tokens):
     )
     for found in (gate_up, down, whole):
         seconds = found.seconds
-        assert found.bound == "dma" and max(seconds.values()) <= 1.05 * seconds["dma"]
-        assert seconds["tensor"] <= 0.6 * seconds["dma"]
+        assert found.bound == "dma" and seconds["tensor"] <= 0.6 * seconds["dma"]
         weights = [traffic for name, traffic in found.traffic.items() if name[0] in "uv"]
+        # Nothing but weights to speak of, each read once: so the modelled time is that of the bytes.
+        assert found.hbm_bytes <= 1.05 * sum(traffic.read for traffic in weights)
         assert sum(traffic.below_2048 for traffic in weights) <= 0.05 * sum(traffic.read for traffic in weights)
         check_memory(found)
 
@@ -235,6 +243,7 @@ def test_decode_is_bound_by_its_bytes(target, tokens):
 def test_float32_and_long_inputs_fit_too(target):
     for shapes_ in (((300, 9728), (9728, 1664), (1664, 2560)), ((4000, 4096), (4096, 2048), (2048, 4096))):
         check_memory(cost(XUV.xuv, *shapes_, target=target, dtype=np.float32))
+    check_memory(cost(XUV.xuv, (1, 30000), (30000, 20000), (20000, 64), target=target, dtype=np.float32))
     for tokens in (1, 128, 129, 512, 2048):
         dense = cost(XUV.xuv_group, (tokens, 9728), (9728, 2560), widths=(2560,), target=target)
         assert dense.traffic["x"].read == 2 * tokens * 9728

@@ -5,8 +5,7 @@ import nki.isa as nisa
 import nki.language as nl
 
 from jaxsvd.kernels.neuron.products import store_rows
-from jaxsvd.kernels.neuron.tiles import block_tokens, ceil_div, itemsize, load, sbuf_bytes
-from jaxsvd.kernels.neuron.xuv import STAGED
+from jaxsvd.kernels.neuron.tiles import MAX_TOKENS, block_tokens, ceil_div, load, weights_room
 
 
 @nki.jit
@@ -69,9 +68,9 @@ def unfused_pair(x, u, v):
 def multiply(x, w, y):
     """y = x·w, in HBM."""
     tokens, k = x.shape
-    size, tiles = itemsize(x.dtype), ceil_div(k, 128)
-    block = block_tokens(tokens, tiles, tiles, tiles, x.dtype)
+    tiles = ceil_div(k, 128)
+    block = block_tokens(tokens, tiles, tiles, tiles, x.dtype, MAX_TOKENS)
     for start in range(0, tokens, block):
         count = min(block, tokens - start)
         operand = load(x, "rows", k, start, count)
-        store_rows(operand, w, y, start, False, sbuf_bytes() - size * count * tiles - STAGED)
+        store_rows(operand, w, y, start, False, weights_room(count, tiles, x.dtype))

@@ -16,7 +16,7 @@ import numpy as np
 How = Literal["device", "emulated", "lowered"]
 
 MEMBERS = 3  # matrices that the kernel takes at most: q, k and v
-# Rows of x per call. All loops of a kernel are unrolled: the gate and up of a 4B at keep 0.8 take 13,000 instructions
+# Rows of x per call. All loops of a kernel are unrolled: the gate and up of a 4B at keep 0.8 take 12,000 instructions
 # for so many, and AWS's compiler has needed half an hour and 30 GB for large matmuls (aws-neuron-sdk issue 1374).
 TOKENS = 2048
 # Physical cores that work as one. A kernel called without it takes one, but a Trainium2 is set to two by default.
@@ -26,6 +26,7 @@ TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 TARGETS = ("trn1", "trn2", "trn3")
 CUSTOM_CALL = "AwsNeuronCustomNativeKernel"
 KERNELS = {"xuv_group": "xuv", "swiglu_xuv": "mlp"}  # and the files that they are in
+SECOND = {"xuv_group": ("v0", "v1", "v2"), "swiglu_xuv": ("v_gate", "v_up")}  # what they call the V of each member
 
 
 class Call(NamedTuple):
@@ -61,7 +62,9 @@ def in_chunks(run: Callable[[jax.Array], Sequence[jax.Array]], x: jax.Array) -> 
 def _run(kernel: Call, outputs: Outputs, arrays: Arrays) -> tuple[jax.Array, ...]:
     """Call nki's kernel, which makes the custom call itself, on an explicit number of physical cores."""
     module = importlib.import_module(f"jaxsvd.kernels.neuron.{KERNELS[kernel.kernel]}")
-    ys = getattr(module, kernel.kernel)[LNC](*arrays, **kernel.options)
+    x, first, *second = arrays
+    given = {name: v for name, v in zip(SECOND[kernel.kernel], second, strict=False) if v is not None}
+    ys = getattr(module, kernel.kernel)[LNC](x, first, **given, **kernel.options)
     return tuple(ys) if isinstance(ys, tuple | list) else (ys,)
 
 

@@ -10,8 +10,20 @@ import nki.isa as nisa
 import nki.language as nl
 
 from jaxsvd.kernels.neuron.products import add_each, column_sum, store_rows, strip, sums_per_bank
-from jaxsvd.kernels.neuron.tiles import BANK, BANKS, block_tokens, ceil_div, column_tiles, itemsize, load, sbuf_bytes
-from jaxsvd.kernels.neuron.xuv import STAGED, check_features, token_axis
+from jaxsvd.kernels.neuron.tiles import (
+    BANK,
+    BANKS,
+    MAX_TOKENS,
+    block_tokens,
+    ceil_div,
+    column_tiles,
+    itemsize,
+    load,
+    weights_room,
+)
+from jaxsvd.kernels.neuron.xuv import check_features, token_axis
+
+GATED_TOKENS = MAX_TOKENS // 2  # of a block: gate's sums and up's are in PSUM together
 
 
 @nki.jit
@@ -32,15 +44,15 @@ def swiglu_xuv(x, u, v_gate=None, v_up=None, widths=(), x_layout="rows"):
     tokens = x.shape[token_axis(x_layout)]
     check_features(x, k, x_layout)
     check_members(u, v_gate, v_up, widths)
-    size, n_tiles = itemsize(x.dtype), ceil_div(outputs, 128)
+    n_tiles = ceil_div(outputs, 128)
     y = nl.ndarray((128, n_tiles, tokens), dtype=x.dtype, buffer=nl.shared_hbm)
     alive = ceil_div(k, 128) + strip_tiles(v_gate, v_up, widths)
-    block = block_tokens(tokens, alive, alive, 0, x.dtype)
+    block = block_tokens(tokens, alive, alive, 0, x.dtype, GATED_TOKENS)
     for start in range(0, tokens, block):
         count = min(block, tokens - start)
-        left = sbuf_bytes() - size * count * alive - STAGED
+        left = weights_room(count, alive, x.dtype)
         pairs = gate_and_up(load(x, x_layout, k, start, count), u, v_gate, v_up, widths, left)
-        left -= 2 * 2 * BANK * size  # a panel's outputs on their way, and the next
+        left -= 2 * 2 * BANK * itemsize(x.dtype)  # a panel's outputs on their way, and the next
         add_each(pairs, column_tiles(0, outputs), BANKS // 2, left, store_gated, (y, start, count))
     return y
 
@@ -69,18 +81,18 @@ def mlp_xuv(x, u, u_down, v_gate=None, v_up=None, v_down=None, widths=(), x_layo
     rank = u_down.shape[1]
     dense_down = v_down == None  # NKI knows no `is`
     y = nl.ndarray((tokens, rank if dense_down else v_down.shape[1]), dtype=x.dtype, buffer=nl.shared_hbm)
-    size, n_tiles, r_tiles = itemsize(x.dtype), ceil_div(inner, 128), ceil_div(rank, 128)
+    n_tiles, r_tiles = ceil_div(inner, 128), ceil_div(rank, 128)
     before = ceil_div(k, 128) + strip_tiles(v_gate, v_up, widths) + n_tiles
     after = n_tiles if dense_down else n_tiles + r_tiles
-    block = block_tokens(tokens, max(before, after), after, n_tiles if dense_down else r_tiles, x.dtype)
+    block = block_tokens(tokens, max(before, after), after, n_tiles if dense_down else r_tiles, x.dtype, GATED_TOKENS)
     for start in range(0, tokens, block):
         count = min(block, tokens - start)
-        left = sbuf_bytes() - size * count * before - STAGED
+        left = weights_room(count, before, x.dtype)
         pairs = gate_and_up(load(x, x_layout, k, start, count), u, v_gate, v_up, widths, left)
         act = nl.ndarray((128, n_tiles, count), dtype=x.dtype, buffer=nl.sbuf)
         add_each(pairs, column_tiles(0, inner), BANKS // 2, left, keep_gated, act)
         operand = (act, 0, inner, count, False)
-        left = sbuf_bytes() - size * count * after - STAGED
+        left = weights_room(count, after, x.dtype)
         if dense_down:
             store_rows(operand, u_down, y, start, False, left)
         else:

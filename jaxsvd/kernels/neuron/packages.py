@@ -23,8 +23,8 @@ class Needed(NamedTuple):
 
 PACKAGES = (
     Needed("nki", (0, 6), (0, 6), "nki==0.6.*"),
-    Needed("neuronx-cc", (2,), (2,), "neuronx-cc==2.*"),
-    Needed("libneuronxla", (3,), (3,), "libneuronxla==3.*"),
+    Needed("neuronx-cc", (2, 27), (2, 27), "neuronx-cc==2.27.*"),
+    Needed("libneuronxla", (3, 0), (3, 0), "libneuronxla==3.0.*"),
     Needed("jax-neuronx", (0, 7), (0, 10), "jax-neuronx==0.10.*"),
     Needed("jax", (0, 7), (0, 10, 0), "jax==0.10.0"),
 )
@@ -49,7 +49,7 @@ def obstacle(platform: str) -> str | None:
         )
     cores = os.environ.get(bridge.LNC_VARIABLE)
     if cores != str(bridge.LNC):
-        found = "is not set, which means 2 on Trainium2" if cores is None else f"is {cores}"
+        found = "is not set, which means 2 on Trainium2 and 3" if cores is None else f"is {cores}"
         return (
             f"{bridge.LNC_VARIABLE} {found}, and the kernels of the backend neuron are for {bridge.LNC}: run "
             f"`export {bridge.LNC_VARIABLE}={bridge.LNC}` before Python starts"

@@ -213,7 +213,7 @@ def stream_rows(operand, w, y, start, silu, room):
     """For few tokens: every tile of W is multiplied as it comes in, and the sums of a panel fill several banks."""
     tokens, total = operand[3], w.shape[1]
     heights = column_tiles(0, tokens)  # of tokens, that is
-    across = (BANKS + 1) // len(heights)
+    across = (BANKS + 1) // len(heights)  # five hold 2560 columns, a common width, at once
     most = max(PARTITIONS, min(BANK * across, room // (itemsize(w.dtype) * (AHEAD + 2))))
     width = ceil_div(total, ceil_div(total, most))
     count = ceil_div(operand[2], PARTITIONS)

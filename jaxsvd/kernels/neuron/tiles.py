@@ -9,9 +9,10 @@ import nki.language as nl
 
 PARTITIONS = 128
 BANK = 512  # float32 elements of a PSUM bank, per partition
-BANKS = 4  # of PSUM's eight, for the sums of one panel: those of the next have the others
+BANKS = 4  # of PSUM's eight, for the sums of one panel, as those of the next need some before the first are out
 NARROW = 256  # columns of a matrix, at least, to have beside the next as many
-STAGING = 16 * 1024  # bytes per partition kept free for what only passes through
+STAGING = 15 * 1024  # bytes per partition kept free of operands: for weights, and
+IN_FLIGHT = 8 * 1024  # for x and y on their way
 MAX_TOKENS = BANK * BANKS  # of a block
 STREAMED = PARTITIONS * BANKS  # of a block whose outputs are all summed at once
 
@@ -23,20 +24,26 @@ def ceil_div(a, b):
 
 def itemsize(dtype):
     """Bytes of a number."""
+    assert dtype == nl.float32 or dtype == nl.bfloat16 or dtype == nl.float16, f"no kernel is for {dtype}"
     return 4 if dtype == nl.float32 else 2
 
 
 def sbuf_bytes():
-    """SBUF per partition that a kernel may fill on the target, in bytes; the compiler keeps 16 KiB for itself."""
+    """SBUF per partition that a kernel may fill on the target, in bytes; the compiler keeps the rest."""
     version = nisa.get_nc_version()
     if version == nisa.nc_version.gen2:
-        return (192 - 16) * 1024
+        return (192 - 17) * 1024
     if version == nisa.nc_version.gen3:
-        return (224 - 16) * 1024
-    return (256 - 16) * 1024
+        return (224 - 17) * 1024
+    return (256 - 17) * 1024
 
 
-def block_tokens(tokens, tiles, stage_tiles, row_tiles, dtype):
+def weights_room(tokens, tiles, dtype):
+    """Bytes of SBUF per partition that are left for weights beside operands of so many tiles."""
+    return sbuf_bytes() - itemsize(dtype) * tokens * tiles - IN_FLIGHT
+
+
+def block_tokens(tokens, tiles, stage_tiles, row_tiles, dtype, limit):
     """How many tokens go through a kernel at once: all, or as many as SBUF has room for, in blocks of like size.
 
     Args:
@@ -46,11 +53,12 @@ def block_tokens(tokens, tiles, stage_tiles, row_tiles, dtype):
         row_tiles: of the largest operand of `store_rows`: two panels of its matrix go beside it, or where that leaves
             too few tokens, its matrix is streamed, as it can be for up to STREAMED of them.
         dtype: of operands and weights.
+        limit: what PSUM has room for, MAX_TOKENS or less.
     """
     size, room = itemsize(dtype), sbuf_bytes() - STAGING
     panelled = (room - size * 2 * NARROW * (row_tiles + 1)) // (size * stage_tiles)
-    most = min(room // (size * tiles), max(STREAMED, panelled), MAX_TOKENS)
-    assert most >= PARTITIONS, f"not even {PARTITIONS} tokens of operands of {tiles} tiles fit SBUF"
+    most = min(room // (size * tiles), max(STREAMED, panelled), limit)
+    assert most >= min(tokens, PARTITIONS), f"operands of {tiles} tiles leave SBUF no room for {PARTITIONS} tokens"
     if tokens <= most:
         return tokens
     blocks = ceil_div(tokens, most // PARTITIONS * PARTITIONS)

@@ -11,9 +11,7 @@ import nki
 import nki.language as nl
 
 from jaxsvd.kernels.neuron.products import store_columns, store_rows, strip
-from jaxsvd.kernels.neuron.tiles import block_tokens, ceil_div, column_tiles, itemsize, load, sbuf_bytes
-
-STAGED = 8 * 1024  # bytes per partition that x may pass through on its way
+from jaxsvd.kernels.neuron.tiles import MAX_TOKENS, block_tokens, ceil_div, column_tiles, load, weights_room
 
 
 @nki.jit
@@ -34,18 +32,18 @@ def xuv(x, u, v, x_layout="rows", y_layout="rows", silu=False):
     k, rank = u.shape
     outputs, tokens = v.shape[1], x.shape[token_axis(x_layout)]
     assert v.shape[0] == rank, f"u has rank {rank}, v {v.shape[0]}"
+    assert x.dtype == u.dtype and u.dtype == v.dtype, f"x is {x.dtype}, u {u.dtype}, v {v.dtype}: expected one dtype"
     check_features(x, k, x_layout)
     assert y_layout == "rows" or y_layout == "columns", f"y_layout is {y_layout}: expected rows or columns"
     shape = (tokens, outputs) if y_layout == "rows" else (outputs, tokens)
     y = nl.ndarray(shape, dtype=x.dtype, buffer=nl.shared_hbm)
-    size, k_tiles, r_tiles = itemsize(x.dtype), ceil_div(k, 128), ceil_div(rank, 128)
-    block = block_tokens(tokens, k_tiles + r_tiles, r_tiles, r_tiles, x.dtype)
+    k_tiles, r_tiles = ceil_div(k, 128), ceil_div(rank, 128)
+    block = block_tokens(tokens, k_tiles + r_tiles, r_tiles, r_tiles, x.dtype, MAX_TOKENS)
     for start in range(0, tokens, block):
         count = min(block, tokens - start)
         operand = load(x, x_layout, k, start, count)
-        left = sbuf_bytes() - size * count * (k_tiles + r_tiles) - STAGED
-        hidden = strip(operand, u, column_tiles(0, rank), left)
-        left = sbuf_bytes() - size * count * r_tiles - STAGED
+        hidden = strip(operand, u, column_tiles(0, rank), weights_room(count, k_tiles + r_tiles, x.dtype))
+        left = weights_room(count, r_tiles, x.dtype)
         if y_layout == "rows":
             store_rows((hidden, 0, rank, count, False), v, y, start, silu, left)
         else:
@@ -85,13 +83,12 @@ def xuv_group(x, u, v0=None, v1=None, v2=None, widths=(), x_layout="rows"):
         row_tiles = max(row_tiles, ceil_div(inner, 128))
         begin += widths[i]
     assert begin == u.shape[1], f"u has {u.shape[1]} columns, widths {begin}"
-    size, k_tiles = itemsize(x.dtype), ceil_div(k, 128)
-    alive = k_tiles + len(tiles)
-    block = block_tokens(tokens, alive, alive, row_tiles, x.dtype)
+    alive = ceil_div(k, 128) + len(tiles)
+    block = block_tokens(tokens, alive, alive, row_tiles, x.dtype, MAX_TOKENS)
     for start in range(0, tokens, block):
         count = min(block, tokens - start)
         operand = load(x, x_layout, k, start, count)
-        left = sbuf_bytes() - size * count * alive - STAGED
+        left = weights_room(count, alive, x.dtype)
         hidden = strip(operand, u, tiles, left) if len(tiles) > 0 else operand[0]
         begin = 0
         for i in range(len(widths)):
