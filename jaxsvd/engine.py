@@ -7,7 +7,7 @@ costs 48.
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -80,6 +80,11 @@ class Engine:
 
     def _model(self, leaves: Sequence[jax.Array]) -> Llama:
         return nnx.merge(self._graph, self._tree.unflatten(leaves))
+
+    @property
+    def model(self) -> Llama:
+        """The model itself, of the engine's own leaves."""
+        return self._model(self.leaves)
 
     def prefill(
         self,
@@ -186,16 +191,19 @@ class Engine:
 
         def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
             cache, token, seen = carry
-            hidden, cache = model(token[:, None], cache, cache.lengths)
-            lengths = cache.lengths + 1
-            token, seen = sample(model.logits(hidden[:, 0]), sampler, lengths, seen, mode)
-            return (KVCache(cache.keys, cache.values, lengths), token, seen), token
+            logits, cache = _append(model, cache, token)
+            token, seen = sample(logits, sampler, cache.lengths, seen, mode)
+            return (cache, token, seen), token
 
         if steps == 1:
             (cache, token, seen), tokens = step((cache, token, seen), None)
             return tokens[:, None], cache, token, seen
         (cache, token, seen), tokens = lax.scan(step, (cache, token, seen), length=steps)
         return tokens.T, cache, token, seen
+
+    def decode_logits(self, leaves: Sequence[jax.Array], cache: KVCache, token: jax.Array) -> tuple[jax.Array, KVCache]:
+        """One step of `decode` without its choice: float32 logits (batch, vocab) behind `token`, and the cache."""
+        return _append(self._model(leaves), cache, token)
 
     # What the host does.
 
@@ -246,10 +254,7 @@ class Engine:
         lengths = self._check(prompts, max_new_tokens)
         mode, sampler = mode_of(rows), sampler_of(rows)
         seen = self._seen(prompts) if mode.penalties else None
-        chunks = self._chunks(prompts, lengths, max_new_tokens)
-        _, logits, cache = next(chunks)
-        for start, chunk, cache in chunks:  # noqa: B007 (the last cache is the one that counts)
-            logits = self._run("select", _where, ((lengths > start)[:, None], chunk, logits))
+        logits, cache = self._begin(prompts, lengths, max_new_tokens)
         token, seen = self._run("first token", self.first, (logits, sampler, lengths, seen), donate=(3,), mode=mode)
         # One block is always under way while the caller looks at the one before it.
         block, width, left = token, 1, max_new_tokens - 1
@@ -262,6 +267,27 @@ class Engine:
             # Slicing on the host: on the device it would compile, once for each shape.
             yield _checked(np.asarray(block).reshape(len(prompts), -1)[:, :width])
             block, width, left = ahead, min(steps, left), left - steps
+
+    def follow(
+        self, prompts: Sequence[Sequence[int]], count: int, choose: Callable[[int, np.ndarray], np.ndarray]
+    ) -> Iterator[np.ndarray]:
+        """Yield the float32 logits (batch, vocab) that each of `count` tokens behind the prompts is chosen from.
+
+        `choose(i, logits)` chooses the i-th of every row, int32 (batch,): the likeliest, or that of a text which is
+        forced on the model. Decodes a token at a time. Raises as `generate` does.
+        """
+        if count < 1:
+            raise UsageError(f"the number of tokens is {count}: expected at least 1")
+        logits, cache = self._begin(prompts, self._check(prompts, count), count)
+        for i in range(count):
+            found = np.asarray(logits)
+            if not np.isfinite(found.max(axis=-1)).all():  # a NaN is the maximum of its row
+                raise _not_finite()
+            if i + 1 < count:
+                label = f"logits of one decoded token, cache {cache.capacity}"
+                args = (self.leaves, cache, np.asarray(choose(i, found), np.int32))
+                logits, cache = self._run(label, self.decode_logits, args, (1,))
+            yield found
 
     def step_bytes(self, cached: int) -> int:
         """The bytes that a decode step must read: the weights, and keys and values of `cached` tokens of all rows.
@@ -279,6 +305,14 @@ class Engine:
         while capacity < tokens:
             capacity *= 2
         return capacity
+
+    def _begin(self, prompts: Sequence[Sequence[int]], lengths: np.ndarray, new: int) -> tuple[jax.Array, KVCache]:
+        """Prefill: float32 logits (batch, vocab) of each row's last token, and a cache with room for `new` more."""
+        chunks = self._chunks(prompts, lengths, new)
+        _, logits, cache = next(chunks)
+        for start, chunk, cache in chunks:  # noqa: B007 (the last cache is the one that counts)
+            logits = self._run("select", _where, ((lengths > start)[:, None], chunk, logits))
+        return logits, cache
 
     def _chunks(
         self, prompts: Sequence[Sequence[int]], lengths: np.ndarray, new: int, output: Output = "last"
@@ -344,6 +378,12 @@ class Engine:
             self.compiled.append(Compiled(label, time.perf_counter() - start))
             logger.info("compiled %s in %.2f s", *self.compiled[-1])
         return self._steps[key](*args)
+
+
+def _append(model: Llama, cache: KVCache, token: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Put `token` (batch,), the newest of each row, into the cache; the float32 logits (batch, vocab) behind it."""
+    hidden, cache = model(token[:, None], cache, cache.lengths)
+    return model.logits(hidden[:, 0]), KVCache(cache.keys, cache.values, cache.lengths + 1)
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:

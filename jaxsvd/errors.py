@@ -17,3 +17,9 @@ class ModelError(JaxsvdError):
     """A model that can't be found or loaded: an unknown name, a broken file, an unsupported architecture."""
 
     exit_code = 2
+
+
+class CheckFailed(JaxsvdError):
+    """A check that ran to its end and was not passed: its result is out, and a command ends with 1."""
+
+    exit_code = 1

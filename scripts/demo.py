@@ -1,16 +1,19 @@
 """`make demo`: get SmolLM2-135M-Instruct, compress it to keep 0.8, and let the low-rank model answer."""
 
-import subprocess
 import sys
-from pathlib import Path
-
-from jaxsvd.demo import get_low_rank_model
-from jaxsvd.errors import JaxsvdError
 
 PROMPTS = ("What is the capital of France?", "Write one sentence about the work of the Congress.")
 
 
 def main() -> int:
+    # This folder's inspect.py would hide the standard library's.
+    sys.path[:] = [folder for folder in sys.path if folder != __file__.rpartition("/")[0]]
+    import subprocess
+    from pathlib import Path
+
+    from jaxsvd.demo import get_low_rank_model
+    from jaxsvd.errors import JaxsvdError
+
     try:
         model = get_low_rank_model()
     except JaxsvdError as error:

@@ -89,13 +89,14 @@ def test_layers_point_downwards(module):
 
 def test_evaluation_is_on_top():
     assert {module for module in importers("jaxsvd.evaluate") if not below(module, "jaxsvd.evaluate")} == {
-        "jaxsvd.cli.perplexity"
+        "jaxsvd.cli.check_accuracy",
+        "jaxsvd.cli.perplexity",
     }
 
 
 def test_each_heavy_library_has_one_door():
-    assert importers("transformers") == {"jaxsvd.tokenizer"}
-    assert importers("torch") == set()
+    assert importers("transformers") == {"jaxsvd.tokenizer", "jaxsvd.evaluate.torch_reference"}
+    assert importers("torch") == {"jaxsvd.evaluate.torch_reference"}  # check-accuracy --reference transformers
     assert importers("lm_eval") == {"jaxsvd.evaluate.harness"}
     assert importers("matplotlib") == {"jaxsvd.plots"}
     assert all(below(module, "jaxsvd.kernels.neuron") for module in importers("nki", "neuronxcc", "jax_neuronx"))
@@ -162,6 +163,10 @@ def test_loading_by_api_imports_transformers_late():
 def test_perplexity_needs_neither_matplotlib_nor_the_harness():
     modules = "jaxsvd.evaluate, jaxsvd.evaluate.report"
     assert not {"matplotlib", "lm_eval", "torch"} & loaded_by(f"import {modules}")
+
+
+def test_checking_accuracy_needs_no_torch():
+    assert not {"matplotlib", "torch", "transformers"} & loaded_by("import jaxsvd.evaluate.accuracy_report")
 
 
 def test_public_names_are_lazy_but_there():

@@ -64,6 +64,7 @@ class Checkpoint:
             elif entries[name].shape != shape:
                 problems.append(f"mis-shaped: {name} is {entries[name].shape}, expected {shape}")
         self.arrays = tuple(expected.arrays)
+        self.shapes = {path: (inputs, outputs) for path, (inputs, outputs, _) in expected.matrices.items()}
         partners, wrong = sharing(self.raw, expected.matrices)
         problems += wrong
         for path, demand in expected.matrices.items():
@@ -100,15 +101,21 @@ class Checkpoint:
         }
 
     @property
+    def dense_shapes(self) -> dict[str, tuple[int, int]]:
+        """The (inputs, outputs) of every projection before MLPs were narrowed; `shapes` has those that they have."""
+        expected = _expectations(dataclasses.replace(self.config, mlp_widths=()))
+        return {path: (inputs, outputs) for path, (inputs, outputs, _) in expected.matrices.items()}
+
+    @property
     def keep(self) -> Kept:
         """What is kept of the dense model of this config, a shared factor counted once.
 
         A dense matrix is taken to be of the dtype that this one is stored in.
         """
-        dense_shapes = _expectations(dataclasses.replace(self.config, mlp_widths=())).matrices
+        dense_shapes = self.dense_shapes
         rest, kept, dense, shared = self._size(*self.arrays), np.zeros(2, int), np.zeros(2, int), self.shared
         for path, stored in self.matrices.items():
-            inputs, outputs, _ = dense_shapes[path]
+            inputs, outputs = dense_shapes[path]
             kept += self._size(stored.weight, stored.up, None if path in shared else stored.down)
             rest += self._size(stored.bias)
             dense += inputs * outputs * np.array([1, self.files.itemsize(stored.weight or stored.up or "")])

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from jaxsvd import __version__
-from jaxsvd.cli import compress, convert, generate, neuron_report, perplexity
+from jaxsvd.cli import check_accuracy, compress, convert, generate, inspect, neuron_report, perplexity
 from jaxsvd.errors import JaxsvdError
 
 COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
     "compress": compress,
     "perplexity": perplexity,
+    "check-accuracy": check_accuracy,
+    "inspect": inspect,
     "convert": convert,
     "neuron-report": neuron_report,
 }

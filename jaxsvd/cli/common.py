@@ -1,7 +1,32 @@
 """What the commands share."""
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
+
+from jaxsvd.errors import UsageError
+
+
+def prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `prompts` reads."""
+    parser.add_argument("-p", "--prompt", action="append", default=[], help="a prompt, or - for stdin; repeatable")
+    parser.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a file that is one prompt")
+
+
+def prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts that were given. Raises UsageError for one that can't be read or is empty."""
+    found = []
+    for text in args.prompt:
+        found.append(sys.stdin.read() if text == "-" else text)
+    for path in args.prompt_file:
+        try:
+            found.append(sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the prompt file {path} can't be read ({error})") from None
+    if any(not text.strip() for text in found):
+        raise UsageError("a prompt is empty: give at least one word")
+    return found
 
 
 def finish(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:

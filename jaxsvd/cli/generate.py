@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxsvd.cli import common
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     parser.add_argument("--model", required=True, help="a registry name (qwen3-4b), a Hub id or a folder")
-    parser.add_argument("-p", "--prompt", action="append", default=[], help="a prompt, or - for stdin; repeatable")
-    parser.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a file that is one prompt")
+    common.prompt_arguments(parser)
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--chat", action="store_true", default=None, help="use the chat template (default)")
     style.add_argument("--raw", action="store_false", dest="chat", help="continue the prompt as plain text")
@@ -41,7 +39,9 @@ def generate(args: argparse.Namespace) -> None:
     """The command."""
     from jaxsvd import api
 
-    prompts = _prompts(args)
+    prompts = common.prompts(args)
+    if not prompts:
+        raise UsageError("there is no prompt: give --prompt TEXT, --prompt - for stdin, or --prompt-file FILE")
     model = api.load(args.model, args.dtype, args.backend, progress=False if args.quiet else None)
     chat = model.tokenizer.has_chat_template if args.chat is None else args.chat
     given: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in prompts]
@@ -82,19 +82,3 @@ def describe(model: "LanguageModel", stats: "Statistics") -> str:
         f"{stats.bytes_per_step / 1e6:.0f} MB read per step, {stats.bandwidth / 1e9:.1f} GB/s; "
         f"peak memory {stats.peak_bytes / 1e9:.2f} GB"
     )
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    prompts = []
-    for text in args.prompt:
-        prompts.append(sys.stdin.read() if text == "-" else text)
-    for path in args.prompt_file:
-        try:
-            prompts.append(sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the prompt file {path} can't be read ({error})") from None
-    if not prompts:
-        raise UsageError("there is no prompt: give --prompt TEXT, --prompt - for stdin, or --prompt-file FILE")
-    if any(not text.strip() for text in prompts):
-        raise UsageError("a prompt is empty: give at least one word")
-    return prompts

@@ -42,7 +42,7 @@ def as_json(rows: Sequence[Row], **settings: Any) -> dict[str, Any]:
             "ratio": ratio,
             "ratio_log_error": log_error,
         }
-        results.append({name: _json(value) for name, value in found.items()})
+        results.append({name: json_value(value) for name, value in found.items()})
     return {**settings, "results": results}
 
 
@@ -67,7 +67,8 @@ def _plus_minus(value: float, error: float, digits: int) -> str:
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
 
 
-def _json(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """A number that JSON has: None for what is undefined, a word for what is infinite."""
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
