@@ -61,13 +61,16 @@ def test_unknown_names_are_refused(capsys):
     assert "choose among llama-3.2-1b" in capsys.readouterr().err
 
 
-def test_the_measured_figures_stand_beside_the_chain():
-    (row,) = [
-        row
-        for row in neuron_report._measure(
-            "trn1", "chain", neuron_report.Group("xuv", 8192, ((16384, 4096),), "xuv"), 4096
-        )
-        if row["way"] == "fused"
-    ]
-    assert (row["neuronmm_measured_ms"], row["token_block"]) == (10.2, 683)  # six blocks
-    assert "measured: NeuronMM 10.2 ms, 0.95 GiB" in neuron_report.table([row])
+def test_the_measured_figures_stand_beside_the_chain(rows):
+    measured = neuron_report._measured("trn1", "chain", "pair", 32768)
+    assert measured["neuronmm_measured_ms"] == 116.8 and measured["neuronmm_measured_compiler_ms"] == 100.1
+    assert not neuron_report._measured("trn2", "chain", "pair", 32768)
+    printed = neuron_report.table([rows[0] | measured])
+    assert "measured: NeuronMM 116.8 ms, 22.3 GiB; AWS's compiler 100.1 ms, 17.0 GiB" in printed
+
+
+def test_the_block_of_tokens_is_reported():
+    group = neuron_report.Group("xuv", 8192, ((1024, 4096),), "xuv")
+    blocks = {row["way"]: row.get("token_block") for row in neuron_report._measure("trn2", "chain", group, 1100)}
+    assert blocks["fused"] == 550  # two blocks
+    assert blocks["pair"] is None

@@ -57,6 +57,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_and_resumed(source, text, tmp_path, monkeypatch):
     """Each run dies at its fifth save, until one is left to finish: its bytes are those of an undisturbed run.
 

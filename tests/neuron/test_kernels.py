@@ -206,7 +206,14 @@ def check_memory(found):
     assert found.sbuf_margin > 0 and found.psum_banks <= 8
 
 
-@pytest.mark.parametrize(("target", "gib"), [("trn1", 9.6), ("trn2", 8.6), ("trn3", 7.6)])
+@pytest.mark.parametrize(
+    ("target", "gib"),
+    [
+        pytest.param("trn1", 9.6, marks=pytest.mark.slow),
+        ("trn2", 8.6),
+        pytest.param("trn3", 7.6, marks=pytest.mark.slow),
+    ],
+)
 def test_the_papers_chain_at_32k_tokens(target, gib):
     found = cost(XUV.xuv, *CHAIN_32K, target=target)
     assert found.array_use >= 0.95 and found.bound == "tensor"
