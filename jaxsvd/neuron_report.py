@@ -4,7 +4,8 @@ Every time is a modelled lower bound, never a measurement: all engines overlap p
 Bytes are exact. Beside them stands what NeuronMM's authors measured on trn1, read off their figures.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,22 +149,23 @@ def measure(
     for given, known in ((targets, emulator.TARGETS), (models, MODELS)):
         if unknown := [name for name in given if name not in known]:
             raise UsageError(f"there is no {unknown[0]!r} here: choose among {', '.join(known)}")
-    work: list[tuple[str, str, Group, int]] = []
+    jobs: list[Callable[[], Iterable[dict[str, Any]]]] = []
     for target in targets or emulator.TARGETS:
         (k, r, n), sizes = CHAIN, CHAIN_TOKENS if chain else ()
-        work += [(target, "chain", Group("8192→4096→16384", k, ((n, r),), "xuv"), tokens) for tokens in sizes]
+        widest = Group("8192→4096→16384", k, ((n, r),), "xuv")
+        jobs += [partial(_measure, target, "chain", widest, tokens) for tokens in sizes]
         for model in models or MODELS:
-            work += [(target, model, group, m) for group in groups_of(MODELS[model]) for m in (PREFILL, *DECODE)]
-            work += [(target, model, Group("mlp", 0, (), "mlp_xuv"), tokens) for tokens in (PREFILL, *DECODE)]
-    with bar("emulating", len(work), "group", progress) as shown:
-        found = []
-        for target, model, group, tokens in work:
-            if group.kernel == "mlp_xuv":
-                found.append(_measure_mlp(target, model, tokens))
-            else:
-                found += _measure(target, model, group, tokens)
+            tokens_of = (PREFILL, *DECODE)
+            jobs += [
+                partial(_measure, target, model, group, m) for group in groups_of(MODELS[model]) for m in tokens_of
+            ]
+            jobs += [partial(_measure_mlp, target, model, tokens) for tokens in tokens_of]
+    found: list[dict[str, Any]] = []
+    with bar("emulating", len(jobs), "group", progress) as shown:
+        for job in jobs:
+            found += job()
             shown.update()
-        return found
+    return found
 
 
 def _measure(target: str, model: str, group: Group, tokens: int) -> Iterator[dict[str, Any]]:
@@ -182,14 +184,14 @@ def _measure(target: str, model: str, group: Group, tokens: int) -> Iterator[dic
         yield row | _measured(target, model, way, tokens)
 
 
-def _measure_mlp(target: str, model: str, tokens: int) -> dict[str, Any]:
+def _measure_mlp(target: str, model: str, tokens: int) -> list[dict[str, Any]]:
     """The whole MLP in one kernel; its other ways are those of its two groups together."""
     *_, first, second = groups_of(MODELS[model])
     (inner, rank), (hidden, last) = first.members[0], second.members[0]
     shapes = [(tokens, hidden), (hidden, 2 * rank), (inner, last), (rank, inner), (rank, inner), (last, hidden)]
     cost = _run("mlp", "mlp_xuv", target, *shapes, widths=(rank, rank))
     compulsory = first.compulsory + second.compulsory + SIZE * tokens * 2 * hidden
-    return _row(target, model, "mlp", tokens, "fused", compulsory, [cost])
+    return [_row(target, model, "mlp", tokens, "fused", compulsory, [cost])]
 
 
 def _row(

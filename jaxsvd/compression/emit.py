@@ -30,9 +30,7 @@ def kept(checkpoint: Checkpoint, plan: Plan) -> Kept:
 
 def shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     """The shape of every projection of a dense checkpoint."""
-    entries = checkpoint.files.entries
-    found = {path: entries[stored.weight].shape for path, stored in checkpoint.matrices.items() if stored.weight}
-    return {path: Shape(inputs, outputs) for path, (outputs, inputs) in found.items()}
+    return {path: Shape(*shape) for path, shape in checkpoint.shapes.items()}
 
 
 def digest(checkpoint: Checkpoint) -> str:

@@ -178,7 +178,7 @@ def test_choosing_imports_no_kernel():
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     modules = loaded.split()
     assert "jaxsvd.kernels.neuron.bridge" in modules
-    assert not {"nki", "jaxsvd.kernels.neuron.xuv", "jaxsvd.kernels.neuron.emulator"} & set(modules)
+    assert not {"nki", "jaxsvd.kernels.neuron.xuv", "jaxsvd.kernels.neuron.mlp"} & set(modules)
 
 
 # Layout and calls.

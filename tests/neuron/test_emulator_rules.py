@@ -1,5 +1,6 @@
 """Every rule has a kernel that breaks it and is refused by name, on the targets where it holds."""
 
+import inspect
 from pathlib import Path
 
 import ml_dtypes
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsvd.kernels.neuron import emulator
+from jaxsvd.kernels.neuron.emulator import isa_dma, isa_scalar, isa_tensor, isa_vector
 
 BROKEN, INSTRUCTIONS = (
     emulator.load(Path(__file__).with_name(name)) for name in ("broken.py", "broken_instructions.py")
@@ -152,3 +154,25 @@ def test_argument_dtypes_and_targets():
         emulator.run(INSTRUCTIONS.dma_priority, X.astype(np.float64), W)
     with pytest.raises(emulator.EmulationError, match=r"^target: expected one of trn1, trn2, trn3, found 'inf2'"):
         emulator.run(INSTRUCTIONS.dma_priority, X, W, target="inf2")
+
+
+FUNCTIONS = {
+    name: function
+    for module in (isa_dma, isa_scalar, isa_tensor, isa_vector)
+    for name, function in vars(module).items()
+    if inspect.isfunction(function) and "unknown" in inspect.signature(function).parameters and name != "begin"
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_instruction_refuses_keywords_that_it_has_not_got(name):
+    needed = [p for p in inspect.signature(FUNCTIONS[name]).parameters.values() if p.default is p.empty]
+    operands = [None for p in needed if p.kind is not p.VAR_KEYWORD]
+    with pytest.raises(emulator.EmulationError, match="keyword-mask"):
+        FUNCTIONS[name](*operands, mask=None)
+    with pytest.raises(emulator.EmulationError, match=f"these keywords of {name}: colour"):
+        FUNCTIONS[name](*operands, colour=None)
+
+
+def test_the_instructions_are_all_there():
+    assert len(FUNCTIONS) == 11

@@ -23,7 +23,6 @@ TOKENS = 2048
 LNC = 1
 LNC_VARIABLE = "NEURON_LOGICAL_NC_CONFIG"
 TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
-TARGETS = ("trn1", "trn2", "trn3")
 CUSTOM_CALL = "AwsNeuronCustomNativeKernel"
 KERNELS = {"xuv_group": "xuv", "swiglu_xuv": "mlp"}  # and the files that they are in
 SECOND = {"xuv_group": ("v0", "v1", "v2"), "swiglu_xuv": ("v_gate", "v_up")}  # what they call the V of each member

@@ -62,15 +62,17 @@ def emulated_target(platform: str) -> str:
 
     Raises UsageError for one that is unknown, and on a platform that can't call the host.
     """
+    from jaxsvd.kernels.neuron.emulator import TARGETS
+
     if platform == "neuron":
         raise UsageError(
             "the backend neuron-emulated needs a platform with callbacks of the host, found neuron: "
             "use backend neuron, or set JAX_PLATFORMS=cpu"
         )
     target = os.environ.get(bridge.TARGET_VARIABLE) or "trn2"
-    if target not in bridge.TARGETS:
+    if target not in TARGETS:
         raise UsageError(
-            f"{bridge.TARGET_VARIABLE} is {target!r}: the backend neuron-emulated knows {', '.join(bridge.TARGETS)}"
+            f"{bridge.TARGET_VARIABLE} is {target!r}: the backend neuron-emulated knows {', '.join(TARGETS)}"
         )
     return target
 

@@ -19,7 +19,6 @@ from jaxsvd.kernels.neuron.tiles import (
     ceil_div,
     column_tiles,
     evict,
-    evict_as,
     itemsize,
     tile_of,
     tile_rows,
@@ -191,7 +190,7 @@ def store_panel(target, _, panel, sums):
         out = nl.ndarray((PARTITIONS, tokens), dtype=y.dtype, buffer=nl.sbuf)
         for piece in range(pieces):
             begin, end = piece * width, min(tokens, piece * width + width)
-            evict_as(out[0:n, begin:end], column_sum(sums[0], tokens, i, n, piece), silu, i + piece)
+            evict(out[0:n, begin:end], column_sum(sums[0], tokens, i, n, piece), i + piece, silu)
         nisa.dma_copy(dst=y[c : c + n, start : start + tokens], src=out[0:n, :])
 
 
@@ -245,7 +244,7 @@ def stream_rows(operand, w, y, start, silu, room):
             for b in range(across):
                 n = min(BANK, end - begin - b * BANK)
                 source = banks[h * across + b][0:height, 0:n]
-                evict_as(out[0:height, b * BANK : b * BANK + n], source, silu, h + b)
+                evict(out[0:height, b * BANK : b * BANK + n], source, h + b, silu)
             nisa.dma_copy(dst=y[start + t : start + t + height, begin:end], src=out[0:height, :])
 
 
@@ -272,7 +271,7 @@ def block_rows(operand, w, y, start, silu, most):
                         moving=panel[j][0 : tile_rows(operand, j), c : c + n],
                         accumulate=j > 0,
                     )
-                evict_as(out[0:tokens, c : c + n], total_sum[0:tokens, 0:n], silu, t // PARTITIONS + c // BANK)
+                evict(out[0:tokens, c : c + n], total_sum[0:tokens, 0:n], t // PARTITIONS + c // BANK, silu)
             nisa.dma_copy(dst=y[start + t : start + t + tokens, begin:end], src=out[0:tokens, :])
 
 

@@ -174,17 +174,11 @@ def load_transposed(x, operand, start):
             count += 1
 
 
-def evict(dst, src, count):
-    """Round sums out of PSUM, by the vector and the scalar engine in turns."""
-    if count % 2 == 0:
+def evict(dst, src, count, silu=False):
+    """Round sums out of PSUM, by the vector and the scalar engine in turns; SiLU, where asked for, is on the way."""
+    if silu:
+        nisa.activation(dst=dst, op=nl.silu, data=src)
+    elif count % 2 == 0:
         nisa.tensor_copy(dst=dst, src=src, engine=nisa.engine.vector)
     else:
         nisa.activation(dst=dst, op=nl.copy, data=src)  # the scalar engine of trn1 has no tensor_copy
-
-
-def evict_as(dst, src, silu, count):
-    """`evict`, through SiLU where asked for, which costs nothing on the way."""
-    if silu:
-        nisa.activation(dst=dst, op=nl.silu, data=src)
-    else:
-        evict(dst, src, count)

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from jaxsvd.kernels.neuron.emulator.errors import not_modelled, refuse
-from jaxsvd.kernels.neuron.emulator.machine import Machine, current
+from jaxsvd.kernels.neuron.emulator.machine import Machine
 from jaxsvd.kernels.neuron.emulator.memory import MemoryRegion
-from jaxsvd.kernels.neuron.emulator.operands import DgeMode, Engine, OobMode, check_enum, reject
+from jaxsvd.kernels.neuron.emulator.operands import DgeMode, Engine, OobMode, begin, check_enum
 from jaxsvd.kernels.neuron.emulator.tensor import Tensor
 
 TRANSPOSES = {2: (1, 0), 3: (2, 1, 0), 4: (3, 1, 2, 0)}
@@ -25,10 +25,7 @@ def dma_copy(
     **unknown: Any,
 ) -> None:
     """dst = src, between HBM and SBUF or within one of them; both are walked in row-major order."""
-    if unknown:
-        reject("dma_copy", unknown)
-    machine = current()
-    machine.begin("dma_copy")
+    machine = begin("dma_copy", unknown)
     _check_dma(machine, dst, src, priority, oob_mode, dge_mode)
     check_enum(Engine, engine, "engine")
     if engine is not Engine.unknown:
@@ -60,10 +57,7 @@ def dma_transpose(
     **unknown: Any,
 ) -> None:
     """dst, in SBUF, = src with its first and last axes swapped."""
-    if unknown:
-        reject("dma_transpose", unknown)
-    machine = current()
-    machine.begin("dma_transpose")
+    machine = begin("dma_transpose", unknown)
     _check_dma(machine, dst, src, priority, oob_mode, dge_mode)
     if dge_mode not in (DgeMode.unknown, DgeMode.hwdge):
         refuse("dma-transpose-mode", "dge_mode unknown or hwdge", dge_mode.name)

@@ -7,8 +7,7 @@ import numpy as np
 from jaxsvd.kernels.neuron.emulator.dtypes import NUMPY
 from jaxsvd.kernels.neuron.emulator.errors import not_modelled, refuse
 from jaxsvd.kernels.neuron.emulator.isa_vector import Value, column
-from jaxsvd.kernels.neuron.emulator.machine import current
-from jaxsvd.kernels.neuron.emulator.operands import ReduceCmd, on_engine, reject, same_layout
+from jaxsvd.kernels.neuron.emulator.operands import ReduceCmd, begin, on_engine, same_layout
 from jaxsvd.kernels.neuron.emulator.ops import Op
 from jaxsvd.kernels.neuron.emulator.tensor import Tensor
 
@@ -26,12 +25,9 @@ def activation(
     **unknown: Any,
 ) -> None:
     """dst = op(data·scale + bias), in float32; scale and bias are numbers or (P, 1) tensors."""
-    if unknown:
-        reject("activation", unknown)
+    machine = begin("activation", unknown)
     if reduce_op is not None or reduce_res is not None or reduce_cmd is not ReduceCmd.idle:
         not_modelled("reductions of activation")
-    machine = current()
-    machine.begin("activation")
     on_engine(dst, "dst")
     on_engine(data, "data")
     same_layout(dst, data, "activation")

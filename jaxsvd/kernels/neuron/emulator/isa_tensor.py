@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from jaxsvd.kernels.neuron.emulator.errors import not_modelled, refuse
-from jaxsvd.kernels.neuron.emulator.machine import Machine, current
+from jaxsvd.kernels.neuron.emulator.machine import Machine
 from jaxsvd.kernels.neuron.emulator.memory import ON_CHIP
-from jaxsvd.kernels.neuron.emulator.operands import PSUM, SBUF, Engine, MatmulPerfMode, on_engine, pick, reject
+from jaxsvd.kernels.neuron.emulator.operands import PSUM, SBUF, Engine, MatmulPerfMode, begin, on_engine, pick
 from jaxsvd.kernels.neuron.emulator.targets import BANK_BYTES, PARTITIONS, STATIONARY_MAX
 from jaxsvd.kernels.neuron.emulator.tensor import Tensor
 
@@ -27,14 +27,11 @@ def nc_matmul(
     **unknown: Any,
 ) -> None:
     """dst (M, N) = or += stationaryᵀ (K, M) · moving (K, N), in float32."""
-    if unknown:
-        reject("nc_matmul", unknown)
+    machine = begin("nc_matmul", unknown)
     if is_stationary_onezero or is_moving_onezero or is_transpose or tile_position or tile_size:
         not_modelled("the onezero, is_transpose, tile_position and tile_size arguments of nc_matmul")
     if perf_mode is not MatmulPerfMode.none:
         not_modelled(f"perf_mode={perf_mode!r} of nc_matmul")
-    machine = current()
-    machine.begin("nc_matmul")
     on_engine(dst, "dst", PSUM)
     on_engine(stationary, "stationary", SBUF)
     on_engine(moving, "moving", SBUF)
@@ -115,16 +112,13 @@ def nc_transpose(
     dst: Tensor, data: Tensor, engine: Engine = Engine.unknown, name: str | None = None, **unknown: Any
 ) -> None:
     """dst (F, P) = dataᵀ (P, F): by the Tensor Engine from SBUF to PSUM, or by the Vector Engine in 32×32."""
-    if unknown:
-        reject("nc_transpose", unknown)
-    machine = current()
+    machine = begin("nc_transpose", unknown)
     on_engine(dst, "dst", ON_CHIP)
     on_engine(data, "data", ON_CHIP)
     rows, columns = data.shape[0], data.per_row()
     chosen = pick(engine, (Engine.tensor, Engine.vector), "nc_transpose")
     if engine is Engine.unknown and not (data.buffer in SBUF and dst.buffer in PSUM) and max(rows, columns) <= 32:
         chosen = Engine.vector  # the only one that can
-    machine.begin("nc_transpose")
     if dst.dtype != data.dtype:
         refuse("transpose-dtype", f"dst of data's {data.dtype}", dst.dtype)
     if dst.shape[0] != columns or dst.per_row() != rows:

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from jaxsvd.kernels.neuron.emulator.errors import refuse
-from jaxsvd.kernels.neuron.emulator.machine import Machine, current
+from jaxsvd.kernels.neuron.emulator.machine import Machine
 from jaxsvd.kernels.neuron.emulator.memory import MemoryRegion
-from jaxsvd.kernels.neuron.emulator.operands import Engine, number, on_engine, pick, reject, same_layout
+from jaxsvd.kernels.neuron.emulator.operands import Engine, begin, number, on_engine, pick, same_layout
 from jaxsvd.kernels.neuron.emulator.ops import Op
 from jaxsvd.kernels.neuron.emulator.tensor import Tensor
 
@@ -19,10 +19,7 @@ def tensor_copy(
     dst: Tensor, src: Tensor, engine: Engine = Engine.unknown, name: str | None = None, **unknown: Any
 ) -> None:
     """dst = src within SBUF and PSUM, cast to dst's dtype."""
-    if unknown:
-        reject("tensor_copy", unknown)
-    machine = current()
-    machine.begin("tensor_copy")
+    machine = begin("tensor_copy", unknown)
     scalar = () if machine.target.generation < 3 else (Engine.scalar,)  # on gen2 it has activation(op=nl.copy) only
     chosen = pick(engine, (Engine.vector, Engine.gpsimd, *scalar), "tensor_copy")
     on_engine(dst, "dst")
@@ -37,10 +34,7 @@ def tensor_copy(
 
 def memset(dst: Tensor, value: Any, engine: Engine = Engine.unknown, name: str | None = None, **unknown: Any) -> None:
     """dst = a compile-time number."""
-    if unknown:
-        reject("memset", unknown)
-    machine = current()
-    machine.begin("memset")
+    machine = begin("memset", unknown)
     chosen = pick(engine, (Engine.vector, Engine.gpsimd), "memset")
     on_engine(dst, "dst")
     if not number(value):
@@ -61,10 +55,7 @@ def tensor_tensor(
     **unknown: Any,
 ) -> None:
     """dst = data1 op data2, in float32."""
-    if unknown:
-        reject("tensor_tensor", unknown)
-    machine = current()
-    machine.begin("tensor_tensor")
+    machine = begin("tensor_tensor", unknown)
     chosen = pick(engine, (Engine.vector, Engine.gpsimd), "tensor_tensor")
     on_engine(dst, "dst")
     on_engine(data1, "data1")
@@ -95,10 +86,7 @@ def tensor_scalar(
     **unknown: Any,
 ) -> None:
     """dst = (data op0 operand0) op1 operand1; operands are numbers or float32 (P, 1) tensors."""
-    if unknown:
-        reject("tensor_scalar", unknown)
-    machine = current()
-    machine.begin("tensor_scalar")
+    machine = begin("tensor_scalar", unknown)
     on_engine(dst, "dst")
     on_engine(data, "data")
     same_layout(dst, data, "tensor_scalar")
@@ -132,10 +120,7 @@ def tensor_reduce(
     **unknown: Any,
 ) -> None:
     """dst = data reduced over its last free dimensions, in float32."""
-    if unknown:
-        reject("tensor_reduce", unknown)
-    machine = current()
-    machine.begin("tensor_reduce")
+    machine = begin("tensor_reduce", unknown)
     on_engine(dst, "dst")
     on_engine(data, "data")
     axes = tuple(sorted({number % data.ndim for number in ((axis,) if type(axis) is int else tuple(axis))}))  # type: ignore[arg-type]
@@ -158,10 +143,7 @@ def tensor_reduce(
 
 def reciprocal(dst: Tensor, data: Tensor, name: str | None = None, **unknown: Any) -> None:
     """dst = 1 / data."""
-    if unknown:
-        reject("reciprocal", unknown)
-    machine = current()
-    machine.begin("reciprocal")
+    machine = begin("reciprocal", unknown)
     on_engine(dst, "dst")
     on_engine(data, "data")
     same_layout(dst, data, "reciprocal")

@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 
 from jaxsvd.kernels.neuron.emulator.errors import not_modelled, refuse
+from jaxsvd.kernels.neuron.emulator.machine import Machine, current
 from jaxsvd.kernels.neuron.emulator.memory import ON_CHIP, MemoryRegion
 from jaxsvd.kernels.neuron.emulator.tensor import Tensor
 
@@ -64,12 +65,15 @@ class ReduceCmd(Enum):
     reset_reduce = 3
 
 
-def reject(instruction: str, unknown: Mapping[str, Any]) -> None:
-    """EmulationError for keywords that an instruction hasn't got."""
+def begin(instruction: str, unknown: Mapping[str, Any]) -> Machine:
+    """Begin an instruction on the machine of the run; EmulationError for keywords that it hasn't got."""
     if "mask" in unknown:
         refuse("keyword-mask", "a partial tile: NKI has no masks", f"mask= of {instruction}")
     if unknown:
         not_modelled(f"these keywords of {instruction}: {', '.join(unknown)}")
+    machine = current()
+    machine.begin(instruction)
+    return machine
 
 
 def check_enum(kind: type[Enum], value: object, role: str) -> None:
