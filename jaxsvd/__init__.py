@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxsvd.api import Completion, LanguageModel, Statistics, load, load_and_generate
+    from jaxsvd.api import Completion, LanguageModel, Statistics, compile_ahead, load, load_and_generate
     from jaxsvd.compression import compress
     from jaxsvd.errors import JaxsvdError, ModelError, UsageError
     from jaxsvd.sampling import SamplingParams
@@ -25,6 +25,7 @@ _PUBLIC = {
     "SamplingParams": "sampling",
     "Statistics": "api",
     "UsageError": "errors",
+    "compile_ahead": "api",
     "compress": "compression",
     "load": "api",
     "load_and_generate": "api",
@@ -37,6 +38,7 @@ __all__ = [
     "SamplingParams",
     "Statistics",
     "UsageError",
+    "compile_ahead",
     "compress",
     "load",
     "load_and_generate",

@@ -1,5 +1,6 @@
 """What a notebook calls: load a model, take its logits, generate or stream text."""
 
+import inspect
 import logging
 import os
 import resource
@@ -14,7 +15,11 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxsvd import artifacts as artefacts
 from jaxsvd import hub, kernels
+from jaxsvd.artifacts import Artifact
+from jaxsvd.buckets import Buckets
+from jaxsvd.buckets import buckets as buckets_of
 from jaxsvd.checkpoint.read import Checkpoint
 from jaxsvd.config import ModelConfig, end_of_text_ids
 from jaxsvd.engine import Engine, Score
@@ -250,6 +255,9 @@ def load(
     backend: str = "auto",
     progress: bool | None = None,
     steps_per_dispatch: int | None = None,
+    buckets: str | None = None,
+    max_length: int | None = None,
+    artifacts: str | os.PathLike[str] | None = None,
 ) -> LanguageModel:
     """Load a model, dense or low-rank.
 
@@ -261,29 +269,89 @@ def load(
             thousands of times slower; or "auto": "neuron" where it can be had, else "xla".
         progress: a progress bar on stderr; by default where stderr is a terminal.
         steps_per_dispatch: tokens decoded per call of the device; default 2 on CPU, 8 elsewhere.
+        buckets: the lengths that steps are compiled for: "auto", "off", "128,1024" or "PROMPTS/CACHES"
+            (`jaxsvd.buckets.buckets`); default: the artefact's, else "auto".
+        max_length: the tokens of the longest text, its prompt included; default: the artefact's, else the model's.
+        artifacts: a folder of `compile_ahead`, whose steps are taken instead of compiling. Where it holds no finished
+            artefact, a warning says so and steps are compiled when they are needed.
 
-    Raises ModelError for a model that can't be had or is broken, UsageError for options that can't be used, JaxsvdError
-    for a kernel that does not give what XLA gives.
+    Raises ModelError for a model that can't be had or is broken, UsageError for options that can't be used, among them
+    an artefact of another model or out of date, JaxsvdError for a kernel that does not give what XLA gives.
     """
     start = time.perf_counter()
     chosen, kernel = _dtype(dtype), kernels.choose(backend)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(hub.resolve(model))
     folder = checkpoint.folder
     ends = end_of_text_ids(folder, checkpoint.raw)
+    held = None if artifacts is None else artefacts.find(artifacts)
+    steps = _steps(steps_per_dispatch, held)
+    if held and buckets is None and max_length is None:
+        lengths = held.buckets
+    else:
+        lengths = _lengths(checkpoint, buckets, max_length)
+    if held:
+        held.check(artefacts.identity(checkpoint, chosen, kernel, lengths, steps))
     use_compilation_cache()
     name, total = f"loading {folder.name}", checkpoint.files.nbytes
     with bar(name, total, "B", progress, unit_scale=True, leave=False) as shown:
         built = checkpoint.load(kernel, chosen, shown.update)
-    if steps_per_dispatch is None:
-        steps_per_dispatch = 2 if jax.default_backend() == "cpu" else 8
-    engine = Engine(built, steps_per_dispatch=steps_per_dispatch)
+    engine = Engine(built, lengths, steps, held)
     jax.block_until_ready(engine.leaves)
     return LanguageModel(folder, checkpoint.config, engine, ends, time.perf_counter() - start)
 
 
+def compile_ahead(
+    model: str | os.PathLike[str] | Checkpoint,
+    artifacts: str | os.PathLike[str],
+    dtype: Any = None,
+    backend: str = "auto",
+    steps_per_dispatch: int | None = None,
+    buckets: str | None = None,
+    max_length: int | None = None,
+    batch_size: int = 1,
+    modes: Sequence[str] = ("greedy", "random"),
+    force: bool = False,
+) -> Artifact:
+    """Compile all that `generate` can run, for `load` to take; reads no weights.
+
+    Args:
+        model, dtype, backend, steps_per_dispatch, buckets, max_length: as in `load`.
+        artifacts: the folder that will hold the artefact. What an interrupted call has compiled is used again.
+        batch_size: the number of prompts that it will serve at a time.
+        modes: how tokens are chosen: "greedy"; "random", by temperature, greedy rows among them; and "penalties", both
+            with repetition and presence penalties.
+        force: replace an artefact that is there.
+
+    Raises as `load`, UsageError also for a folder that can't be used, JaxsvdError where the platform can't write what
+    it compiles.
+    """
+    folder = Path(artifacts).expanduser().absolute()
+    artefacts.check_artifact_target(folder, force)
+    chosen, kernel = _dtype(dtype), kernels.choose(backend)
+    if kernel.name == "neuron-emulated":
+        raise UsageError("the backend neuron-emulated runs in Python: it can't be compiled ahead; take another backend")
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(hub.resolve(model))
+    lengths, steps = _lengths(checkpoint, buckets, max_length), _steps(steps_per_dispatch, None)
+    engine = Engine(checkpoint.describe(kernel, chosen), lengths, steps)
+    said = artefacts.identity(checkpoint, chosen, kernel, lengths, steps)
+    return artefacts.write(engine, folder, said, batch_size, modes, force)
+
+
+def _lengths(checkpoint: Checkpoint, rule: str | None, max_length: int | None) -> Buckets:
+    return buckets_of(
+        "auto" if rule is None else rule, checkpoint.config.max_positions, jax.default_backend(), max_length
+    )
+
+
+def _steps(steps_per_dispatch: int | None, held: Artifact | None) -> int:
+    if steps_per_dispatch is not None:
+        return steps_per_dispatch
+    return held.steps_per_dispatch if held else 2 if jax.default_backend() == "cpu" else 8
+
+
 def load_and_generate(model: str | os.PathLike[str], prompt: Prompt, **options: Any) -> str:
     """Load a model and continue one prompt: the text. `options` are those of `load` and of `generate`."""
-    names = ("dtype", "backend", "progress", "steps_per_dispatch")
+    names = set(inspect.signature(load).parameters) - {"model"}
     loading = {name: options.pop(name) for name in names if name in options}
     return load(model, **loading).generate(prompt, **options).text
 

@@ -1,35 +1,28 @@
 """The engine: compiled prefill and decode over a model that is a pure tree of arrays. It knows token ids only.
 
-Every step is compiled ahead of time for its static shapes and kept; nothing is ever compiled twice or behind the
-caller's back (`Engine.compiled` lists it all). Weights go in as flat leaves, which costs 1 ms a call where `nnx.jit`
-costs 48.
+Every step is compiled for its static shapes before it runs, and kept, or taken from an artefact (`jaxsvd.artifacts`);
+nothing is ever compiled twice or behind the caller's back (`Engine.compiled` lists it all). Weights go in as flat
+leaves, which costs 1 ms a call where `nnx.jit` costs 48.
 """
 
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import lax
 
+from jaxsvd.buckets import Buckets, buckets
 from jaxsvd.cache import KVCache, empty_cache
 from jaxsvd.errors import JaxsvdError, UsageError
 from jaxsvd.models.llama import Llama
-from jaxsvd.sampling import NOT_FINITE, PROMPT, Mode, Sampler, SamplingParams, mode_of, sample, sampler_of
+from jaxsvd.sampling import NOT_FINITE, PROMPT, Mode, Sampler, SamplingParams, mode_of, sampler_of
+from jaxsvd.steps import Call, Output, Steps
 
 logger = logging.getLogger("jaxsvd")
-
-# Prompts are padded to one of these lengths; a longer one goes through the largest in chunks.
-PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
-SMALLEST_CAPACITY = 128
-
-# What a prefill gives: logits of each row's last token, of every token, or no logits but the states under them.
-Output = Literal["last", "every", "hidden"]
 
 
 class Compiled(NamedTuple):
@@ -37,6 +30,18 @@ class Compiled(NamedTuple):
 
     name: str
     seconds: float
+
+
+class Held(Protocol):
+    """Steps that were compiled ahead, for one size of batch and some modes of sampling: `jaxsvd.artifacts`."""
+
+    def mode(self, batch: int, needed: Mode) -> Mode:
+        """The least mode held that does what is needed. Raises UsageError where it, or a batch of that size, is not."""
+        ...
+
+    def load(self, call: Call) -> Callable[..., Any] | None:
+        """What runs the call's step, on its arguments or others of these shapes; None where it is not held."""
+        ...
 
 
 class Score(NamedTuple):
@@ -50,168 +55,41 @@ class Score(NamedTuple):
     greedy: np.ndarray
 
 
-class Engine:
+class Engine(Steps):
     """Runs one model.
 
     Args:
         model: its arrays on device, or `jax.ShapeDtypeStruct`s, for lowering only.
-        prefill_buckets: lengths that prompts are padded to, ascending; the largest is the chunk of longer prompts.
+        lengths: those that steps are compiled for: `Buckets`, or a rule of `jaxsvd.buckets.buckets`.
         steps_per_dispatch: tokens decoded per call of the device. More hide the host; fewer stream more smoothly and
             waste less behind the end of a text.
+        held: steps that are compiled already.
     """
 
     def __init__(
-        self, model: Llama, prefill_buckets: Sequence[int] = PREFILL_BUCKETS, steps_per_dispatch: int = 8
+        self,
+        model: Llama,
+        lengths: Buckets | str = "auto",
+        steps_per_dispatch: int = 8,
+        held: Held | None = None,
     ) -> None:
-        if not prefill_buckets or list(prefill_buckets) != sorted(set(prefill_buckets)) or prefill_buckets[0] < 1:
-            raise UsageError(f"prefill_buckets is {list(prefill_buckets)}: expected ascending positive lengths")
         if steps_per_dispatch < 1:
             raise UsageError(f"steps_per_dispatch is {steps_per_dispatch}: expected at least 1")
-        self.config = model.config
-        self.dtype = jnp.dtype(model.embed_tokens.weight.dtype)
-        self.prefill_buckets = tuple(prefill_buckets)
+        super().__init__(model)
+        if isinstance(lengths, str):
+            lengths = buckets(lengths, self.config.max_positions, jax.default_backend())
+        self.buckets = lengths
         self.steps_per_dispatch = steps_per_dispatch
+        self.held = held
         self.compiled: list[Compiled] = []
-        self._graph, state = nnx.split(model)
-        self.leaves, self._tree = jax.tree.flatten(state)
-        self._steps: dict[tuple, Any] = {}
-
-    # The steps. Pure functions of the leaves: tests lower them for Neuron as they stand.
-
-    def _model(self, leaves: Sequence[jax.Array]) -> Llama:
-        return nnx.merge(self._graph, self._tree.unflatten(leaves))
-
-    @property
-    def model(self) -> Llama:
-        """The model itself, of the engine's own leaves."""
-        return self._model(self.leaves)
-
-    def prefill(
-        self,
-        leaves: Sequence[jax.Array],
-        tokens: jax.Array,
-        lengths: jax.Array,
-        *,
-        output: Output = "last",
-    ) -> tuple[jax.Array, KVCache]:
-        """Start a cache, just large enough, with prompts (batch, bucket) of `lengths` (batch,).
-
-        Returns float32 logits of each row's last token (batch, vocab) or of "every" one (batch, bucket, vocab), or the
-        "hidden" states (batch, bucket, hidden) for `score_tokens`; and the cache.
-        """
-        batch, bucket = tokens.shape
-        cache = empty_cache(self.config, batch, bucket, self.dtype)
-        return self._prefill(leaves, tokens, lengths, cache, jnp.int32(0), output)
-
-    def grow(self, cache: KVCache, *, capacity: int) -> KVCache:
-        """The cache with room for `capacity` tokens. A step of its own, so that prefill depends on the bucket alone."""
-
-        def pad(buffer: jax.Array) -> jax.Array:
-            return jnp.pad(buffer, ((0, 0), (0, capacity - buffer.shape[1]), (0, 0)))
-
-        return KVCache([pad(k) for k in cache.keys], [pad(v) for v in cache.values], cache.lengths)
-
-    def extend(
-        self,
-        leaves: Sequence[jax.Array],
-        tokens: jax.Array,
-        lengths: jax.Array,
-        cache: KVCache,
-        start: jax.Array,
-        *,
-        output: Output = "last",
-    ) -> tuple[jax.Array, KVCache]:
-        """Add the chunk (batch, bucket) that begins at token `start` () of prompts of `lengths` to a cache.
-
-        Returns as `prefill`; rows whose last token lies in another chunk get logits without meaning.
-        """
-        return self._prefill(leaves, tokens, lengths, cache, start, output)
-
-    def _prefill(
-        self,
-        leaves: Sequence[jax.Array],
-        tokens: jax.Array,
-        lengths: jax.Array,
-        cache: KVCache,
-        start: jax.Array,
-        output: Output,
-    ) -> tuple[jax.Array, KVCache]:
-        model = self._model(leaves)
-        hidden, cache = model(tokens, cache, start)
-        cache = KVCache(cache.keys, cache.values, lengths)
-        if output == "hidden":
-            return hidden, cache
-        if output == "last":
-            last = jnp.clip(lengths - 1 - start, 0, tokens.shape[1] - 1)
-            hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1, mode="clip")[:, 0]
-        return model.logits(hidden), cache
-
-    def score_tokens(
-        self, leaves: Sequence[jax.Array], hidden: jax.Array, targets: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """How likely each of `targets` (batch, bucket) is after its "hidden" state (batch, bucket, hidden).
-
-        Returns the logarithm of its probability, float32, and whether its logit is the greatest, both (batch, bucket).
-        """
-        model = self._model(leaves)
-
-        def row(given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            hidden, targets = given
-            logits = model.logits(hidden)
-            target = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
-            top = jnp.max(logits, axis=-1)
-            total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
-            return target - top - jnp.log(total), target == top
-
-        # Row by row: the logits of a whole batch can take more memory than the model.
-        return lax.map(row, (hidden, targets))
-
-    def first(
-        self, logits: jax.Array, sampler: Sampler, lengths: jax.Array, seen: jax.Array | None, *, mode: Mode
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Choose the token that follows the prompt: int32 (batch,), and `seen` with it."""
-        return sample(logits, sampler, lengths, seen, mode)
-
-    def decode(
-        self,
-        leaves: Sequence[jax.Array],
-        cache: KVCache,
-        token: jax.Array,
-        seen: jax.Array | None,
-        sampler: Sampler,
-        *,
-        steps: int,
-        mode: Mode,
-    ) -> tuple[jax.Array, KVCache, jax.Array, jax.Array | None]:
-        """Generate `steps` tokens per row, starting from `token` (batch,), the newest one and not yet in the cache.
-
-        Returns the tokens (batch, steps), the cache, the last token and `seen`.
-        """
-        model = self._model(leaves)
-
-        def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
-            cache, token, seen = carry
-            logits, cache = _append(model, cache, token)
-            token, seen = sample(logits, sampler, cache.lengths, seen, mode)
-            return (cache, token, seen), token
-
-        if steps == 1:
-            (cache, token, seen), tokens = step((cache, token, seen), None)
-            return tokens[:, None], cache, token, seen
-        (cache, token, seen), tokens = lax.scan(step, (cache, token, seen), length=steps)
-        return tokens.T, cache, token, seen
-
-    def decode_logits(self, leaves: Sequence[jax.Array], cache: KVCache, token: jax.Array) -> tuple[jax.Array, KVCache]:
-        """One step of `decode` without its choice: float32 logits (batch, vocab) behind `token`, and the cache."""
-        return _append(self._model(leaves), cache, token)
-
-    # What the host does.
+        self._steps: dict[tuple, Callable] = {}
+        self._any_cache = KVCache([0] * self.config.num_layers, [0] * self.config.num_layers, 0)  # type: ignore[arg-type]
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits of every token of every prompt, float32 (batch, longest, vocab); zeros behind a shorter row's end."""
         lengths = self._check(prompts, 0)
         result = np.zeros((len(prompts), lengths.max(), self.config.vocab_size), np.float32)
-        for start, logits, _ in self._chunks(prompts, lengths, 0, "every"):
+        for start, logits, _ in self._chunks(prompts, lengths, "every"):
             width = min(logits.shape[1], result.shape[1] - start)
             result[:, start : start + width] = np.asarray(logits)[:, :width]
         result[np.arange(result.shape[1]) >= lengths[:, None]] = 0
@@ -228,10 +106,10 @@ class Engine:
         lengths = np.maximum(self._check(prompts, -1) - 1, 1)
         inputs = [prompt[:length] for prompt, length in zip(prompts, lengths, strict=True)]
         pieces = []
-        for start, hidden, _ in self._chunks(inputs, lengths, 0, "hidden"):
+        for start, hidden, _ in self._chunks(inputs, lengths, "hidden"):
             targets = _padded([prompt[start + 1 :][: hidden.shape[1]] for prompt in prompts], hidden.shape[1])
             label = f"scores of {hidden.shape[1]} tokens"
-            pieces.append(self._run(label, self.score_tokens, (self.leaves, hidden, targets)))
+            pieces.append(self._run(Call(label, self.score_tokens, (self.leaves, hidden, targets), gives=(0, 0))))
         logprobs, greedy = (
             np.concatenate(list(map(np.asarray, arrays)), axis=1) for arrays in zip(*pieces, strict=True)
         )
@@ -252,18 +130,20 @@ class Engine:
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
         lengths = self._check(prompts, max_new_tokens)
-        mode, sampler = mode_of(rows), sampler_of(rows)
+        mode, sampler = self._mode(rows), sampler_of(rows)
         seen = self._seen(prompts) if mode.penalties else None
-        logits, cache = self._begin(prompts, lengths, max_new_tokens)
-        token, seen = self._run("first token", self.first, (logits, sampler, lengths, seen), donate=(3,), mode=mode)
+        logits, cache = self._begin(prompts, lengths)
+        token, seen = self._run(self._first_call(logits, sampler, lengths, seen, mode))
+        # The newest token never goes in; what a last block writes behind the others is never looked at.
+        filled, most = int(lengths.max()), int(lengths.max()) + max_new_tokens - 1
         # One block is always under way while the caller looks at the one before it.
         block, width, left = token, 1, max_new_tokens - 1
         while block is not None:
             ahead, steps = None, self.steps_per_dispatch
             if left > 0:
-                label = f"decode of {steps} tokens, cache {cache.capacity}"
-                args = (self.leaves, cache, token, seen, sampler)
-                ahead, cache, token, seen = self._run(label, self.decode, args, (1, 3), steps=steps, mode=mode)
+                filled = min(filled + steps, most)
+                cache = self._with_room(cache, filled)
+                ahead, cache, token, seen = self._run(self._decode_call(cache, token, seen, sampler, mode))
             # Slicing on the host: on the device it would compile, once for each shape.
             yield _checked(np.asarray(block).reshape(len(prompts), -1)[:, :width])
             block, width, left = ahead, min(steps, left), left - steps
@@ -278,15 +158,17 @@ class Engine:
         """
         if count < 1:
             raise UsageError(f"the number of tokens is {count}: expected at least 1")
-        logits, cache = self._begin(prompts, self._check(prompts, count), count)
+        lengths = self._check(prompts, count)
+        logits, cache = self._begin(prompts, lengths)
         for i in range(count):
             found = np.asarray(logits)
             if not np.isfinite(found.max(axis=-1)).all():  # a NaN is the maximum of its row
                 raise _not_finite()
             if i + 1 < count:
+                cache = self._with_room(cache, int(lengths.max()) + i + 1)
                 label = f"logits of one decoded token, cache {cache.capacity}"
                 args = (self.leaves, cache, np.asarray(choose(i, found), np.int32))
-                logits, cache = self._run(label, self.decode_logits, args, (1,))
+                logits, cache = self._run(Call(label, self.decode_logits, args, (1,), gives=(0, cache)))
             yield found
 
     def step_bytes(self, cached: int) -> int:
@@ -299,44 +181,96 @@ class Engine:
         per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
         return sum(leaf.nbytes for leaf in self.leaves) - table + cached * per_token
 
-    def capacity(self, tokens: int) -> int:
-        """The cache that `tokens` a row need: a power of two, so that few graphs serve all lengths."""
-        capacity = SMALLEST_CAPACITY
-        while capacity < tokens:
-            capacity *= 2
-        return capacity
+    def calls(self, batch: int, modes: Sequence[Mode]) -> Iterator[Call]:
+        """Every call that `generate` can make of `batch` prompts in these modes, on shapes instead of arrays."""
 
-    def _begin(self, prompts: Sequence[Sequence[int]], lengths: np.ndarray, new: int) -> tuple[jax.Array, KVCache]:
-        """Prefill: float32 logits (batch, vocab) of each row's last token, and a cache with room for `new` more."""
-        chunks = self._chunks(prompts, lengths, new)
+        def shaped(*shape: int, dtype: Any = jnp.int32) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        def cache_of(capacity: int) -> KVCache:
+            return jax.eval_shape(lambda: empty_cache(self.config, batch, capacity, self.dtype))
+
+        vocab = self.config.vocab_size
+        lengths, logits = shaped(batch), shaped(batch, vocab, dtype=jnp.float32)
+        sampler = jax.tree.map(
+            lambda leaf: shaped(*leaf.shape, dtype=leaf.dtype), sampler_of([SamplingParams()] * batch)
+        )
+        for bucket in self.buckets.prefill:
+            yield self._prefill_call(shaped(batch, bucket), lengths, "last")
+        for bucket, capacity in self.buckets.extensions():
+            yield self._extend_call(shaped(batch, bucket), lengths, cache_of(capacity), shaped(), "last")
+        if self.buckets.extensions():
+            yield self._select_call(shaped(batch, 1, dtype=jnp.bool), logits, logits)
+        for size, capacity in self.buckets.growths(self.steps_per_dispatch):
+            yield self._grow_call(cache_of(size).keys[0], capacity)
+        for mode in modes:
+            seen = shaped(batch, vocab, dtype=jnp.uint8) if mode.penalties else None
+            yield self._first_call(logits, sampler, lengths, seen, mode)
+            for capacity in self.buckets.decode:
+                yield self._decode_call(cache_of(capacity), shaped(batch), seen, sampler, mode)
+
+    # What `generate` and `calls` have in common: each step with its name, its arguments and what it gives away.
+
+    def _prefill_call(self, tokens: Any, lengths: Any, output: Output) -> Call:
+        label = f"prefill of {tokens.shape[1]} tokens"
+        args = (self.leaves, tokens, lengths)
+        return Call(label, self.prefill, args, static={"output": output}, gives=(0, self._any_cache))
+
+    def _extend_call(self, tokens: Any, lengths: Any, cache: KVCache, start: Any, output: Output) -> Call:
+        label = f"extension by {tokens.shape[1]} tokens, cache {cache.capacity}"
+        args = (self.leaves, tokens, lengths, cache, start)
+        return Call(label, self.extend, args, (3,), {"output": output}, (0, cache))
+
+    def _select_call(self, inside: Any, new: Any, old: Any) -> Call:
+        return Call("select", self.select, (inside, new, old))
+
+    def _grow_call(self, buffer: Any, capacity: int) -> Call:
+        return Call(f"cache {capacity} of {buffer.shape[1]}", self.grow, (buffer,), static={"capacity": capacity})
+
+    def _first_call(self, logits: Any, sampler: Sampler, lengths: Any, seen: Any, mode: Mode) -> Call:
+        return Call("first token", self.first, (logits, sampler, lengths, seen), (3,), {"mode": mode}, (0, seen))
+
+    def _decode_call(self, cache: KVCache, token: Any, seen: Any, sampler: Sampler, mode: Mode) -> Call:
+        label = f"decode of {self.steps_per_dispatch} tokens, cache {cache.capacity}"
+        static = {"steps": self.steps_per_dispatch, "mode": mode}
+        return Call(label, self.decode, (self.leaves, cache, token, seen, sampler), (1, 3), static, (0, cache, 0, seen))
+
+    # The way of a prompt.
+
+    def _mode(self, rows: Sequence[SamplingParams]) -> Mode:
+        """The least mode that serves all rows, among those that are held where an artefact is used."""
+        mode = mode_of(rows)
+        return mode if self.held is None else self.held.mode(len(rows), mode)
+
+    def _begin(self, prompts: Sequence[Sequence[int]], lengths: np.ndarray) -> tuple[jax.Array, KVCache]:
+        """Prefill: float32 logits (batch, vocab) of each row's last token, and the cache."""
+        chunks = self._chunks(prompts, lengths)
         _, logits, cache = next(chunks)
         for start, chunk, cache in chunks:  # noqa: B007 (the last cache is the one that counts)
-            logits = self._run("select", _where, ((lengths > start)[:, None], chunk, logits))
+            logits = self._run(self._select_call((lengths > start)[:, None], chunk, logits))
         return logits, cache
 
     def _chunks(
-        self, prompts: Sequence[Sequence[int]], lengths: np.ndarray, new: int, output: Output = "last"
+        self, prompts: Sequence[Sequence[int]], lengths: np.ndarray, output: Output = "last"
     ) -> Iterator[tuple[int, jax.Array, KVCache]]:
         """Prefill in chunks: the first token of each, its output, and the cache so far."""
-        chunk = self.prefill_buckets[-1]
-        longest = int(lengths.max())
-        last = next(size for size in self.prefill_buckets if size >= (longest - 1) % chunk + 1)
-        padded = _padded(prompts, (longest - 1) // chunk * chunk + last)
-        # The last block of a decode may run past max_new_tokens.
-        capacity = self.capacity(max(padded.shape[1], longest + new + self.steps_per_dispatch if new else 0))
-        cache = None
-        for start in range(0, padded.shape[1], chunk):
-            piece = padded[:, start : start + chunk]
-            if cache is None:
-                label = f"prefill of {piece.shape[1]} tokens"
-                result, cache = self._run(label, self.prefill, (self.leaves, piece, lengths), output=output)
-                if new or padded.shape[1] > chunk:
-                    cache = self._run(f"cache {capacity}", self.grow, (cache,), capacity=capacity)
-            else:
-                label = f"extension by {piece.shape[1]} tokens, cache {capacity}"
-                args = (self.leaves, piece, lengths, cache, np.int32(start))
-                result, cache = self._run(label, self.extend, args, donate=(3,), output=output)
+        chunk, padded = self.buckets.chunk, _padded(prompts, self.buckets.padded(int(lengths.max())))
+        result, cache = self._run(self._prefill_call(padded[:, :chunk], lengths, output))
+        yield 0, result, cache
+        for start in range(chunk, padded.shape[1], chunk):
+            cache = self._with_room(cache, padded.shape[1])
+            call = self._extend_call(padded[:, start : start + chunk], lengths, cache, np.int32(start), output)
+            result, cache = self._run(call)
             yield start, result, cache
+
+    def _with_room(self, cache: KVCache, tokens: int) -> KVCache:
+        """The cache, or a longer one in its place, that holds so many tokens a row."""
+        capacity = self.buckets.capacity(max(tokens, cache.capacity))
+        if capacity > cache.capacity:
+            for buffers in (cache.keys, cache.values):
+                for i in range(len(buffers)):
+                    buffers[i] = self._run(self._grow_call(buffers[i], capacity))
+        return cache
 
     def _check(self, prompts: Sequence[Sequence[int]], new: int) -> np.ndarray:
         """The lengths of prompts that `new` tokens are to follow; -1 where the last one itself is only predicted."""
@@ -351,12 +285,14 @@ class Engine:
                 raise UsageError(
                     f"prompt {row} has token id {bad}: the model has ids 0 to {self.config.vocab_size - 1}"
                 )
-            if len(prompt) + new > self.config.max_positions:
-                room = self.config.max_positions - min(new, 0)
+            if len(prompt) + new > self.buckets.length:
+                room = self.buckets.length - min(new, 0)
                 follow, lower = (f" and {new} are to follow", " or lower max_new_tokens") if new > 0 else ("", "")
+                narrow = self.buckets.length < self.config.max_positions
+                what, wider = ("buckets have", ", or give longer buckets") if narrow else ("model has", "")
                 raise UsageError(
-                    f"prompt {row} has {len(prompt)} tokens{follow}: the model has room for {room}; "
-                    f"shorten the prompt{lower}"
+                    f"prompt {row} has {len(prompt)} tokens{follow}: the {what} room for {room}; "
+                    f"shorten the prompt{lower}{wider}"
                 )
         return np.array([len(prompt) for prompt in prompts], np.int32)
 
@@ -366,24 +302,23 @@ class Engine:
             row[np.asarray(prompt)] = PROMPT
         return seen
 
-    def _run(self, label: str, step: Any, args: tuple, donate: tuple[int, ...] = (), **static: Any) -> Any:
-        """Run a step, compiled once for its static arguments and the shapes of the others."""
-        own = args[1:] if args[0] is self.leaves else args
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(own))
-        key = (step.__name__, shapes, tuple(static.items()))
+    def _run(self, call: Call) -> Any:
+        """Run a step, taken from the artefact or compiled once for what is static and the shapes of its arguments."""
+        key = call.key
         if key not in self._steps:
-            jax.block_until_ready(own)  # or the time of compiling would hide that of the step before
-            start = time.perf_counter()
-            self._steps[key] = jax.jit(partial(step, **static), donate_argnums=donate).lower(*args).compile()
-            self.compiled.append(Compiled(label, time.perf_counter() - start))
-            logger.info("compiled %s in %.2f s", *self.compiled[-1])
-        return self._steps[key](*args)
+            self._steps[key] = (self.held.load(call) if self.held else None) or self.compile(call)
+        return self._steps[key](*call.args)
 
-
-def _append(model: Llama, cache: KVCache, token: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Put `token` (batch,), the newest of each row, into the cache; the float32 logits (batch, vocab) behind it."""
-    hidden, cache = model(token[:, None], cache, cache.lengths)
-    return model.logits(hidden[:, 0]), KVCache(cache.keys, cache.values, cache.lengths + 1)
+    def compile(self, call: Call) -> jax.stages.Compiled:
+        """Compile a step; `compiled` and the log have what it cost."""
+        jax.block_until_ready(call.own)  # or the time of compiling would hide that of the step before
+        start = time.perf_counter()
+        # Nothing unused is dropped: whoever holds the compiled step knows what it takes.
+        step = jax.jit(partial(call.step, **call.static), donate_argnums=call.donate, keep_unused=True)
+        compiled = step.lower(*call.args).compile()
+        self.compiled.append(Compiled(call.label, time.perf_counter() - start))
+        logger.info("compiled %s in %.2f s", *self.compiled[-1])
+        return compiled
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
@@ -391,10 +326,6 @@ def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = row
     return padded
-
-
-def _where(inside: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    return jnp.where(inside, new, old)
 
 
 def _checked(tokens: np.ndarray) -> np.ndarray:

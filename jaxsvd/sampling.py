@@ -83,6 +83,10 @@ class Mode(NamedTuple):
     penalties: bool
 
 
+# What each is called. Every mode does what those before it do, only slower.
+MODES = {"greedy": Mode(False, False), "random": Mode(True, False), "penalties": Mode(True, True)}
+
+
 def mode_of(rows: Sequence[SamplingParams]) -> Mode:
     """The least mode that serves all rows."""
     return Mode(

@@ -13,7 +13,7 @@ from tiny import MAX_POSITIONS, open_engine, prompts_of
 
 import jaxsvd
 from jaxsvd.errors import JaxsvdError, UsageError
-from jaxsvd.sampling import SamplingParams
+from jaxsvd.sampling import MODES, SamplingParams
 
 GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=3)
@@ -37,7 +37,7 @@ def engine(tiny_llama):
 
 @pytest.fixture(scope="module")
 def chunked(tiny_llama):
-    return open_engine(tiny_llama[0], prefill_buckets=(16, 32))
+    return open_engine(tiny_llama[0], lengths="16,32/auto")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_nothing_compiles_after_the_first_call(tiny_llama, xla_compilations):
 
 def test_other_lengths_of_text_compile_nothing(tiny_llama, xla_compilations):
     """The same buckets and cache serve every max_new_tokens, chunked prompts too."""
-    engine = open_engine(tiny_llama[0], prefill_buckets=(16, 32), steps_per_dispatch=4)
+    engine = open_engine(tiny_llama[0], lengths="16,32/auto", steps_per_dispatch=4)
     run(engine, prompts_of(70), new=9)
     known = list(engine.compiled)
     xla_compilations.clear()
@@ -188,18 +188,18 @@ def test_compilation_is_logged(tiny_llama, caplog):
         assert step.name in record.message
         assert step.seconds > 0
     names = " ".join(step.name for step in engine.compiled)
-    assert all(word in names for word in ("prefill of 16", "cache 128", "first token", "decode of 8"))
+    assert all(word in names for word in ("prefill of 16", "cache 128 of 16", "first token", "decode of 8"))
 
 
 def test_caches_are_donated(tiny_llama, monkeypatch):
     """Neither a decode nor an extension keeps the cache that it was given: memory holds one."""
-    engine = open_engine(tiny_llama[0], prefill_buckets=(16,), steps_per_dispatch=2)
+    engine = open_engine(tiny_llama[0], lengths="16/auto", steps_per_dispatch=2)
     inner, seen = engine._run, []
 
-    def watched(label, step, args, *rest, **options):
-        result = inner(label, step, args, *rest, **options)
-        old = [leaf for leaf in jax.tree.leaves(args[1:]) if isinstance(leaf, jax.Array) and leaf.ndim == 3]
-        seen.append((step.__name__, [leaf.is_deleted() for leaf in old]))
+    def watched(call):
+        result = inner(call)
+        old = [leaf for leaf in jax.tree.leaves(call.args[1:]) if isinstance(leaf, jax.Array) and leaf.ndim == 3]
+        seen.append((call.step.__name__, [leaf.is_deleted() for leaf in old]))
         return result
 
     monkeypatch.setattr(engine, "_run", watched)
@@ -211,8 +211,42 @@ def test_caches_are_donated(tiny_llama, monkeypatch):
     assert not any(leaf.is_deleted() for leaf in engine.leaves)
 
 
-def test_capacities_are_few(engine):
-    assert [engine.capacity(tokens) for tokens in (1, 128, 129, 300, 513)] == [128, 128, 256, 512, 1024]
+def test_a_cache_is_as_long_as_its_text(tiny_llama):
+    """Each step attends to the smallest bucket that holds the text so far, whatever is still to come."""
+    engine = open_engine(tiny_llama[0], lengths="16,32/32,64,128", steps_per_dispatch=4)
+    (tokens,) = run(engine, prompts_of(20), new=100)
+    names = [step.name for step in engine.compiled if step.name.startswith("decode")]
+    assert names == [f"decode of 4 tokens, cache {capacity}" for capacity in (32, 64, 128)]
+    assert tokens == run(open_engine(tiny_llama[0], lengths="off"), prompts_of(20), new=100)[0]
+
+
+def test_a_cache_grows_layer_by_layer(tiny_llama, monkeypatch):
+    engine = open_engine(tiny_llama[0], lengths="16/16,32")
+    inner, alive = engine._run, []
+
+    def watched(call):
+        if call.step.__name__ == "grow":
+            alive.append(sum(array.shape[1] == 16 for array in jax.live_arrays() if array.ndim == 3))
+        return inner(call)
+
+    monkeypatch.setattr(engine, "_run", watched)
+    others = sum(array.shape[1] == 16 for array in jax.live_arrays() if array.ndim == 3)
+    run(engine, prompts_of(16), new=5)
+    assert [count - others for count in alive] == [4, 3, 2, 1]
+
+
+def test_calls_are_all_that_generate_runs(tiny_llama):
+    engine = open_engine(tiny_llama[0], lengths="16,32/48,64,128", steps_per_dispatch=3)
+    for call in engine.calls(2, MODES.values()):
+        assert call.key not in engine._steps
+        compiled = engine.compile(call)
+        assert compiled.out_tree == jax.tree.structure(call.gives)
+        engine._steps[call.key] = compiled
+    known = list(engine.compiled)
+    for length in (1, 16, 17, 31, 32, 33, 48, 49, 64, 65, 97, 120):
+        for rows in ([GREEDY, GREEDY], [GREEDY, SAMPLED], [SAMPLED_AND_PENALISED, GREEDY]):
+            run(engine, prompts_of(length, 5), rows, new=min(40, 128 - length))
+    assert engine.compiled == known
 
 
 def test_step_bytes_are_weights_and_cache(engine):
@@ -250,12 +284,20 @@ def test_bad_prompts_for_logits(engine):
             engine.logits(prompts)
 
 
-@pytest.mark.parametrize(
-    "options", [{"prefill_buckets": ()}, {"prefill_buckets": (32, 16)}, {"prefill_buckets": (0, 16)}], ids=str
-)
-def test_bad_buckets(tiny_llama, options):
-    with pytest.raises(UsageError, match="prefill_buckets"):
-        open_engine(tiny_llama[0], **options)
+def test_bad_buckets(tiny_llama):
+    with pytest.raises(UsageError, match="buckets are '32,16'"):
+        open_engine(tiny_llama[0], lengths="32,16")
+
+
+def test_buckets_bound_the_text(tiny_llama):
+    engine = open_engine(tiny_llama[0], lengths="16,32/64")
+    run(engine, prompts_of(54), new=10)
+    with pytest.raises(
+        UsageError, match=r"54 tokens and 11 are to follow: the buckets have room for 64.*longer buckets"
+    ):
+        run(engine, prompts_of(54), new=11)
+    with pytest.raises(UsageError, match="65 tokens: the buckets have room for 64"):
+        engine.logits(prompts_of(65))
 
 
 def test_bad_steps_per_dispatch(tiny_llama):

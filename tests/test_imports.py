@@ -78,6 +78,7 @@ FORBIDDEN = {
     "jaxsvd.models": ("jaxsvd.engine", "jaxsvd.tokenizer", "jaxsvd.hub", "jaxsvd.api", "jaxsvd.checkpoint"),
     "jaxsvd.compression": ("jaxsvd.engine", "jaxsvd.api"),
     "jaxsvd.engine": ("jaxsvd.tokenizer", "jaxsvd.hub", "jaxsvd.api", "jaxsvd.checkpoint"),
+    "jaxsvd.steps": ("jaxsvd.engine", "jaxsvd.tokenizer", "jaxsvd.hub", "jaxsvd.api", "jaxsvd.checkpoint"),
     "jaxsvd.sampling": ("jaxsvd.engine", "jaxsvd.models", "jaxsvd.api"),
 }
 

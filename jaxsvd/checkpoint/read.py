@@ -186,6 +186,16 @@ class Checkpoint:
         """Build the model on the default device in `dtype`; `progress` is told of the bytes of each tensor read."""
         return build(self.config, CheckpointWeights(self, dtype, progress), backend)
 
+    def describe(self, backend: Backend, dtype: Any) -> "Llama":
+        """The model that `load` builds, of `jax.ShapeDtypeStruct`s: no weights are read."""
+        ranks = self.ranks
+
+        def rank(path: str, inputs: int, outputs: int) -> int | None:
+            found = ranks.get(path)
+            return None if found is None or found >= break_even(inputs, outputs) else found
+
+        return build(self.config, AbstractWeights(dtype, rank), backend)
+
 
 def unwrapped(raw: dict[str, Any]) -> dict[str, Any]:
     """The config of the model itself: KFAC-SVD puts it, whole, into another one."""

@@ -19,15 +19,18 @@ FORMAT_VERSION = 1  # of the low_rank entry in config.json
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 
 
-def check_target(target: Path, force: bool = False) -> None:
-    """Raises UsageError where `target` exists and `force` is not given, or no model folder can be there."""
+def check_target(target: Path, force: bool = False, mark: str = "config.json", kind: str = "a model folder") -> None:
+    """Raises UsageError where `target` exists and `force` is not given, or no folder of that kind can be there.
+
+    `mark` is the file that tells such a folder from others, which are never replaced.
+    """
     above = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     if not above.is_dir():
         raise UsageError(f"{target} can't be a folder: {above} is a file; choose another target")
     if target.exists() and not force:
         raise UsageError(f"{target} exists: choose another target, or replace it with --force (force=True)")
-    if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
-        raise UsageError(f"{target} is not a model folder: it will not be replaced; choose another target")
+    if target.exists() and any(target.iterdir()) and not (target / mark).exists():
+        raise UsageError(f"{target} is not {kind}: it will not be replaced; choose another target")
 
 
 @contextmanager

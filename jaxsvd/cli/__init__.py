@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from jaxsvd import __version__
-from jaxsvd.cli import check_accuracy, compress, convert, generate, inspect, neuron_report, perplexity
+from jaxsvd.cli import check_accuracy, compile, compress, convert, generate, inspect, neuron_report, perplexity
 from jaxsvd.errors import JaxsvdError
 
 COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
+    "compile": compile,
     "compress": compress,
     "perplexity": perplexity,
     "check-accuracy": check_accuracy,

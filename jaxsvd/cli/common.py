@@ -29,6 +29,16 @@ def prompts(args: argparse.Namespace) -> list[str]:
     return found
 
 
+def length_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which lengths are compiled."""
+    parser.add_argument(
+        "--buckets",
+        metavar="RULE",
+        help="lengths of padded prompts and of caches: auto (default), off, a list (128,1024), or PROMPTS/CACHES",
+    )
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of the longest text (default: the model's)")
+
+
 def finish(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
     """Add the options that every command has, and what it calls."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")

@@ -32,6 +32,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="run past the model's end-of-text token")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: by platform)")
     parser.add_argument("--backend", default="auto", help="auto (default), xla, neuron or neuron-emulated")
+    common.length_arguments(parser)
+    parser.add_argument("--artifacts", metavar="DIR", help="take the steps that scripts/compile.py has compiled there")
     common.finish(parser, generate)
 
 
@@ -42,7 +44,15 @@ def generate(args: argparse.Namespace) -> None:
     prompts = common.prompts(args)
     if not prompts:
         raise UsageError("there is no prompt: give --prompt TEXT, --prompt - for stdin, or --prompt-file FILE")
-    model = api.load(args.model, args.dtype, args.backend, progress=False if args.quiet else None)
+    model = api.load(
+        args.model,
+        args.dtype,
+        args.backend,
+        progress=False if args.quiet else None,
+        buckets=args.buckets,
+        max_length=args.max_length,
+        artifacts=args.artifacts,
+    )
     chat = model.tokenizer.has_chat_template if args.chat is None else args.chat
     given: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in prompts]
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed", "ignore_eos")

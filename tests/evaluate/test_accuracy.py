@@ -75,7 +75,7 @@ def greedy(_, logits):
 
 @pytest.fixture(scope="module")
 def chunked(tiny_llama):
-    return open_engine(tiny_llama[0], prefill_buckets=(16,))
+    return open_engine(tiny_llama[0], lengths="16/auto")
 
 
 def check_steps(engine, prompts, logits, text):
@@ -105,7 +105,7 @@ def test_a_forced_text_is_what_the_model_sees(chunked):
 
 
 def test_following_has_the_limits_of_generating(tiny_llama):
-    engine = open_engine(tiny_llama[0], prefill_buckets=(16,))
+    engine = open_engine(tiny_llama[0], lengths="16/auto")
     assert len(list(engine.follow(prompts_of(500), 12, greedy))) == 12
     for prompts, count, words in (
         (prompts_of(500), 13, "room for 512"),

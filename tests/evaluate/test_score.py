@@ -45,7 +45,7 @@ def test_prompts_longer_than_the_largest_bucket(tiny_llama, lengths):
     """One length per border: the token behind a chunk is predicted by the chunk before."""
     folder, model = tiny_llama
     prompts = prompts_of(*lengths)
-    check(open_engine(folder, prefill_buckets=(16, 32)).score(prompts), model, prompts)
+    check(open_engine(folder, lengths="16,32/auto").score(prompts), model, prompts)
 
 
 def test_the_last_token_needs_no_position(tiny_llama):
@@ -59,7 +59,7 @@ def test_the_last_token_needs_no_position(tiny_llama):
 
 
 def test_a_row_does_not_depend_on_its_batch_mates(tiny_llama):
-    engine = open_engine(tiny_llama[0], prefill_buckets=(16, 32))
+    engine = open_engine(tiny_llama[0], lengths="16,32/auto")
     prompts = prompts_of(70, 5, 33)
     for prompt, score in zip(prompts, engine.score(prompts), strict=True):
         (alone,) = engine.score([prompt])
@@ -67,7 +67,7 @@ def test_a_row_does_not_depend_on_its_batch_mates(tiny_llama):
 
 
 def test_nothing_compiles_after_the_first_call(tiny_llama):
-    engine = open_engine(tiny_llama[0], prefill_buckets=(16, 32))
+    engine = open_engine(tiny_llama[0], lengths="16,32/auto")
     engine.score(prompts_of(70, 5))
     known = list(engine.compiled)
     assert len({step.name for step in known}) == len(known) == 6  # prefill, cache, two extensions, two of scores

@@ -87,7 +87,7 @@ def test_greedy_tokens(pair, rng):
 def test_prompts_longer_than_the_largest_bucket(kind, rng, tmp_path):
     folder, reference = tmp_path, make_tiny(kind, tmp_path)
     model = Checkpoint(folder).load(kernels.choose(), jnp.float32)
-    engine = Engine(model, prefill_buckets=(16, 32), steps_per_dispatch=4)
+    engine = Engine(model, lengths="16,32/auto", steps_per_dispatch=4)
     row = random_rows(rng, 3 * 32 + 5)
     check_logits(engine.logits(row), torch_logits(reference, row), 1e-4)
     # One row ends in the first chunk, one with the second, one in the last.
