@@ -38,8 +38,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 class Statistics:
     """What a call of `generate` cost: seconds, tokens of all rows together, bytes.
 
-    `first_token_seconds` leaves compilation out, `total_seconds` has it in. `decode_tokens_per_second` counts the
-    tokens after each row's first over the time after the first.
+    `first_token_seconds` leaves compilation out, though not the loading of an artefact's steps; `total_seconds` has all
+    in. `decode_tokens_per_second` counts the tokens after each row's first over the time after the first, compilation
+    left out.
     `bytes_per_step` is what one decode step must read: all weights once, and the cache as far as it is filled at the
     end; `bandwidth` is that over the time of a step, in bytes per second. `peak_bytes` is the device's peak memory,
     on CPU the process's.
@@ -202,7 +203,7 @@ class _Session:
         needs_text = bool(stops) or any(map(_is_text, prompts))
         tokenizer = model.tokenizer if needs_text or has_tokenizer(model.folder) else None
         self._rows = [_Row(tokenizer, stop_ids, stops) for _ in prompts]
-        self._compiled_before = len(model.engine.compiled)
+        self._compiled_before = self._compiled_first = len(model.engine.compiled)
         self._start = self._first = self._end = 0.0
         self._steps = 0
 
@@ -212,7 +213,8 @@ class _Session:
             done = 0
             for block in blocks:
                 self._end = time.perf_counter()
-                self._first = self._first or self._end
+                if not self._first:
+                    self._first, self._compiled_first = self._end, len(self._model.engine.compiled)
                 for column in block.T:
                     done += 1
                     for row, token in enumerate(column.tolist()):
@@ -228,23 +230,24 @@ class _Session:
 
     def _statistics(self) -> Statistics:
         engine = self._model.engine
-        compiled = engine.compiled[self._compiled_before :]
+        seconds = [step.seconds for step in engine.compiled]
+        before = sum(seconds[self._compiled_before : self._compiled_first])
+        after = sum(seconds[self._compiled_first :])  # a text that grew into its next cache
         new = sum(len(row.token_ids) for row in self._rows)
-        compiling = sum(item.seconds for item in compiled)  # all of it before the first token is out
-        later, seconds = new - len(self._rows), self._end - self._first
+        later, decoding = new - len(self._rows), self._end - self._first - after
         longest = [len(prompt) + len(row.token_ids) for prompt, row in zip(self._prompts, self._rows, strict=True)]
         step_bytes = engine.step_bytes(sum(longest))
         steps = self._steps - 1
         return Statistics(
             load_seconds=self._model.load_seconds,
-            compile_seconds=compiling,
-            first_token_seconds=self._first - self._start - compiling,
+            compile_seconds=before + after,
+            first_token_seconds=self._first - self._start - before,
             total_seconds=self._end - self._start,
             prompt_tokens=sum(map(len, self._prompts)),
             new_tokens=new,
-            decode_tokens_per_second=later / seconds if later > 0 and seconds > 0 else 0.0,
+            decode_tokens_per_second=later / decoding if later > 0 and decoding > 0 else 0.0,
             bytes_per_step=step_bytes,
-            bandwidth=step_bytes * steps / seconds if steps > 0 and seconds > 0 else 0.0,
+            bandwidth=step_bytes * steps / decoding if steps > 0 and decoding > 0 else 0.0,
             peak_bytes=_peak_bytes(),
         )
 

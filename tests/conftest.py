@@ -77,5 +77,22 @@ def _own_compilation_cache(tmp_path_factory):
 
 
 @pytest.fixture
+def xla_compilations():
+    """A list that grows by one whenever XLA compiles anything, whoever asked for it."""
+    import jax
+    from jax._src import monitoring
+
+    found = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -50,22 +50,6 @@ def smol(source):
     return jaxsvd.load(source)
 
 
-@pytest.fixture
-def xla_compilations():
-    """A list that grows by one whenever XLA compiles anything, whoever asked for it."""
-    from jax._src import monitoring
-
-    found = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    monitoring.unregister_event_duration_listener(listen)
-
-
 # Batches, chunks and blocks change nothing.
 
 
@@ -504,7 +488,7 @@ def test_load_by_dtype(tiny_llama):
 
 @pytest.mark.parametrize("new", [1, 2, 40])
 def test_statistics_are_plausible(tiny_llama, new):
-    lm = jaxsvd.load(tiny_llama[0])
+    lm = jaxsvd.load(tiny_llama[0], buckets="16/32,64")  # some texts move to a longer cache, which compiles
     cold = lm.generate([PROMPT, PROMPT[:4]], max_new_tokens=new)[1].stats
     warm = lm.generate([PROMPT, PROMPT[:4]], max_new_tokens=new)[1].stats
     assert cold.compile_seconds > 0
