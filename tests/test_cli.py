@@ -95,7 +95,7 @@ def test_compress_writes_a_model_that_generate_runs(tmp_path, tiny_llama, smollm
     assert "exists" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["generate", "compress"])
+@pytest.mark.parametrize("script", ["generate", "compress", "compile"])
 def test_scripts_are_doors(script):
     command = [sys.executable, ROOT / "scripts" / f"{script}.py"]
     done = subprocess.run([*command, "--help"], capture_output=True, text=True)
