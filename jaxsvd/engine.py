@@ -306,6 +306,18 @@ class Engine:
             capacity *= 2
         return capacity
 
+    def begin(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[jax.Array, KVCache]:
+        """What `generate` starts with, for measuring it alone: the prefill of prompts that `new` tokens are to follow.
+
+        Returns the float32 logits (batch, vocab) of each row's last token, and the cache.
+        """
+        return self._begin(prompts, self._check(prompts, new), new)
+
+    @property
+    def executables(self) -> list[tuple[str, Any]]:
+        """Every compiled step, as JAX has it, behind the name of its method; in the order of `compiled`."""
+        return [(key[0], step) for key, step in self._steps.items()]
+
     def _begin(self, prompts: Sequence[Sequence[int]], lengths: np.ndarray, new: int) -> tuple[jax.Array, KVCache]:
         """Prefill: float32 logits (batch, vocab) of each row's last token, and a cache with room for `new` more."""
         chunks = self._chunks(prompts, lengths, new)
