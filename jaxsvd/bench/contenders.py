@@ -27,8 +27,8 @@ from jaxsvd.weights import AbstractWeights, Ranks
 class Contender(NamedTuple):
     """A model that takes part.
 
-    `role` is "model", or "compare" for what it is compared with. `keep` is what is left of its projections'
-    parameters, 1 of a dense model's. `matrix_parameters` are those that its projections multiply each token with.
+    `role` is "model", or "compare" for what it is compared with; `model` is as it was given. `keep` is what is left of
+    its projections' parameters, the padding of the backend's layout counted: 1 of a dense model's.
     """
 
     role: str
@@ -40,8 +40,8 @@ class Contender(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How it is told from the others."""
-        return f"{self.model} ({self.backend})"
+        """How it is told from the others, in few words."""
+        return f"{Path(self.model).name} ({self.backend})"
 
     @property
     def weight_bytes(self) -> int:
@@ -72,8 +72,7 @@ def backends_of(backend: str) -> list[str]:
 def load(role: str, model: str | os.PathLike[str], backend: str, dtype: Any, progress: bool | None) -> Contender:
     """The model of a folder (or a registry name, or a Hub id). Raises as `api.load` does."""
     loaded = api.load(model, dtype, backend, progress)
-    name = str(model) if isinstance(model, str) and not Path(model).exists() else loaded.folder.name
-    found = Contender(role, name, backend, loaded.engine, 1.0, loaded.load_seconds)
+    found = Contender(role, str(model), backend, loaded.engine, 1.0, loaded.load_seconds)
     return found._replace(keep=found.matrix_parameters / dense_parameters(loaded.config))
 
 
@@ -93,7 +92,7 @@ def random(role: str, model: str, keep: float | None, multiple: int, backend: st
     """
     start = time.perf_counter()
     config, kernel = config_of(model), kernels.choose(backend)
-    weights = AbstractWeights(api.dtype_of(dtype), _ranks(config, keep, multiple) if keep else None)
+    weights = AbstractWeights(api.dtype_of(dtype), ranks_of(config, keep, multiple) if keep else None)
     graph, state = nnx.split(build(config, weights, kernel))
     leaves, tree = jax.tree.flatten(state)
     key = jax.random.key(0, impl="rbg")
@@ -102,7 +101,7 @@ def random(role: str, model: str, keep: float | None, multiple: int, backend: st
     _check(built, kernel)
     engine = Engine(built, steps_per_dispatch=api.default_steps())
     jax.block_until_ready(engine.leaves)
-    name = f"{Path(model).name}, random" + (f", keep {keep:g}" if keep else "")
+    name = f"{model}, random" + (f", keep {keep:g}" if keep else "")
     found = Contender(role, name, backend, engine, 1.0, time.perf_counter() - start)
     return found._replace(keep=found.matrix_parameters / dense_parameters(config))
 
@@ -137,7 +136,8 @@ def projections(config: ModelConfig) -> dict[str, Shape]:
     return found
 
 
-def _ranks(config: ModelConfig, keep: float, multiple: int) -> Ranks:
+def ranks_of(config: ModelConfig, keep: float, multiple: int) -> Ranks:
+    """As the compressor's uniform plan has them. Raises UsageError for a keep that no rank gives."""
     if not 0 < keep < 1:
         raise UsageError(f"keep is {keep}: expected a number between 0 and 1")
     if multiple < 1:

@@ -64,7 +64,7 @@ def nxdi_report(
     return {
         "e2e_model": nxdi_entry(e2e, prompt + new, batch, len(e2e)),
         "context_encoding_model": nxdi_entry(context, prompt, batch, len(e2e)),
-        "token_generation_model": nxdi_entry(decode, new, batch, len(e2e)) if decode else None,
+        "token_generation_model": nxdi_entry(decode, new, batch, len(e2e)) if len(decode) else None,
     }
 
 

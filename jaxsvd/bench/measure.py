@@ -131,11 +131,12 @@ def measure(contenders: Sequence[Contender], work: Work, bandwidth: float, cold:
             raise UsageError(f"{name} is {getattr(work, name)}: expected at least 1")
     if work.warmup < 0:
         raise UsageError(f"warmup is {work.warmup}: expected 0 or more")
-    compiled = [_compile(contender.engine, work, cold) for contender in contenders]
+    engines = [_fresh(contender.engine) for contender in contenders]
+    compiled = [_compile(engine, work, cold) for engine in engines]
     runs: list[list[Run]] = [[] for _ in contenders]
     for turn in range(work.warmup + work.runs):
-        for contender, done in zip(contenders, runs, strict=True):
-            run = _run(contender.engine, work)
+        for engine, done in zip(engines, runs, strict=True):
+            run = _run(engine, work)
             if turn >= work.warmup:
                 done.append(run)
         logger.info("batch %d, round %d of %d", work.batch, turn + 1, work.warmup + work.runs)
@@ -190,15 +191,19 @@ class _Compiled(NamedTuple):
     launches_per_token: float | None
 
 
+def _fresh(engine: Engine) -> Engine:
+    """One of the same arrays that has compiled nothing."""
+    return Engine(engine.model, engine.prefill_buckets, engine.steps_per_dispatch)
+
+
 def _compile(engine: Engine, work: Work, cold: bool) -> _Compiled:
-    """Compile all steps of the work twice, the second time for another engine, which finds them in the cache."""
-    known = len(engine.compiled)
+    """Compile all steps of the work, and once more for another engine, which finds them in the cache."""
     _run(engine, work)
-    steps = engine.executables[known:]
-    first = sum(step.seconds for step in engine.compiled[known:])
-    again = Engine(engine.model, engine.prefill_buckets, engine.steps_per_dispatch)
+    again = _fresh(engine)
     _run(again, work)
-    seconds = Compilation(first if cold else None, sum(step.seconds for step in again.compiled))
+    first, second = (sum(step.seconds for step in each.compiled) for each in (engine, again))
+    seconds = Compilation(first if cold else None, second)
+    steps = engine.executables
     decode = next((step for name, step in steps if name == "decode"), None)
     started = launches.count(decode.as_text() or "") if decode else None
     per_token = started / engine.steps_per_dispatch if started is not None else None
