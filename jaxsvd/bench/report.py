@@ -58,16 +58,18 @@ def _rows(batch: Batch) -> list[list[str]]:
 
 
 def _compared(model: Measured, other: Measured) -> list[str]:
-    """What the model gains; the first three lines are SVD-Flash's own."""
+    """What the model gains. Over a dense model, the three lines behind the first are SVD-Flash's own."""
     found = compare(model, other)
-    ours, theirs = (each.nxdi["e2e_model"]["latency_ms_avg"] for each in (model, other))
-    decode = _ratio(found.decode) if found.decode else "none"
+    names = (
+        ("wo svd", "with svd") if other.contender.role == "compare" else (other.contender.name, model.contender.name)
+    )
+    times = [each.nxdi["e2e_model"]["latency_ms_avg"] for each in (other, model)]
+    decode = f", decode {_ratio(found.decode)}" if found.decode else ""
     return [
         f"{model.contender.name} over {other.contender.name}",
-        f"e2e_model time of {other.contender.name}:  {theirs}",
-        f"e2e_model time of {model.contender.name}:  {ours}",
+        *(f"e2e_model time {name}:  {time}" for name, time in zip(names, times, strict=True)),
         f"E2E Speedup:  {found.nxdi}",
-        f"by rounds: end to end {_ratio(found.e2e)}, decode {decode}, prefill {_ratio(found.prefill)}",
+        f"by rounds: end to end {_ratio(found.e2e)}{decode}, prefill {_ratio(found.prefill)}",
         f"at most {found.bound:.3f} by the bytes that a decode step reads, where memory is the limit",
     ]
 

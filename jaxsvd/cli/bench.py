@@ -52,8 +52,9 @@ def bench(args: argparse.Namespace) -> None:
     new = _new(args)
     if args.plot:
         plots.check(args.plot)
-    if args.out and not args.out.parent.is_dir():
-        raise UsageError(f"{args.out} can't be written: there is no folder {args.out.parent}")
+    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+        wrong = "it is a folder" if args.out.is_dir() else f"there is no folder {args.out.parent}"
+        raise UsageError(f"{args.out} can't be written: {wrong}")
     bandwidth = machine.bandwidth(args.bandwidth)
     with fresh_compilation_cache() as cold:
         contenders = _contenders(args)

@@ -53,6 +53,7 @@ def test_the_table_comes_before_the_json(low, tiny_llama, capfd):
     for words in (
         *("first token, ms", "prefill, TFLOP/s", "decode, ms a token", "floor / measured", "generated tokens/s"),
         *("kernels a token", "weights, MB", "step memory, MB", "peak memory", "10.0 GB/s (given)", "low (xla)"),
+        *("e2e_model time wo svd:  ", "e2e_model time with svd:  "),
         f"E2E Speedup:  {found['batches'][0]['speedups'][0]['e2e_nxdi']}",
         f"at most {found['batches'][0]['speedups'][0]['byte_ratio_bound']:.3f}",
     ):
@@ -215,6 +216,7 @@ def test_files(answer, low, tiny_llama, tmp_path, monkeypatch):
         (["MODEL", "--backend", "abacus"], "abacus"),
         (["MODEL", "--bandwidth", "0"], "above 0"),
         (["MODEL", "--out", "/no/such/folder/x.json"], "no folder /no/such/folder"),
+        (["MODEL", "--out", "/"], "it is a folder"),
         (["MODEL", "--plot", "plot.xyz"], "ends in .png"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -45,7 +45,7 @@ def test_runs_and_tokens_are_counted(measured):
         assert [len(run.blocks) for run in found.runs] == [blocks] * WORK.runs
         assert found.ms_per_token.n == blocks * WORK.runs and found.prefill_ms.n == WORK.runs
         for run in found.runs:
-            assert run.first_token + sum(run.blocks) == pytest.approx(run.total) and min(run.blocks) > 0
+            assert run.first_token + sum(run.blocks) == pytest.approx(run.total)
 
 
 def test_what_is_made_of_the_times(measured):
