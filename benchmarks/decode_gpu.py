@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsvd import kernels
-from jaxsvd.config import ModelConfig, Rope
 from jaxsvd.engine import Engine
 from jaxsvd.models import build
+from jaxsvd.named import CONFIGS
 from jaxsvd.sampling import per_row
 from jaxsvd.weights import RandomWeights, uniform_ranks
 
-QWEN3_4B = ModelConfig("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, 40960, 1e-6, Rope(1e6), True)
 PROMPT, NEW = list(range(1, 449)), 128
 
 
@@ -57,7 +56,7 @@ def main() -> None:
     rows = []
     for keep in [None, *args.keep]:
         ranks = uniform_ranks(keep, 128) if keep else None
-        model = build(QWEN3_4B, RepeatedWeights(jnp.bfloat16, ranks), kernels.choose())
+        model = build(CONFIGS["qwen3-4b"], RepeatedWeights(jnp.bfloat16, ranks), kernels.choose())
         engine = Engine(model, steps_per_dispatch=16)
         for batch in args.batch:
             times = [milliseconds(engine, batch) for _ in range(4)][1:]

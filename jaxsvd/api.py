@@ -248,7 +248,7 @@ class _Session:
             decode_tokens_per_second=later / decoding if later > 0 and decoding > 0 else 0.0,
             bytes_per_step=step_bytes,
             bandwidth=step_bytes * steps / decoding if steps > 0 and decoding > 0 else 0.0,
-            peak_bytes=_peak_bytes(),
+            peak_bytes=peak_bytes(),
         )
 
 
@@ -282,16 +282,18 @@ def load(
     an artefact of another model or out of date, JaxsvdError for a kernel that does not give what XLA gives.
     """
     start = time.perf_counter()
-    chosen, kernel = _dtype(dtype), kernels.choose(backend)
+    chosen, kernel = dtype_of(dtype), kernels.choose(backend)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(hub.resolve(model))
     folder = checkpoint.folder
     ends = end_of_text_ids(folder, checkpoint.raw)
     held = None if artifacts is None else artefacts.find(artifacts)
-    steps = _steps(steps_per_dispatch, held)
+    if steps_per_dispatch is None:
+        steps_per_dispatch = held.steps_per_dispatch if held else default_steps()
+    steps = steps_per_dispatch
     if held and buckets is None and max_length is None:
         lengths = held.buckets
     else:
-        lengths = _lengths(checkpoint, buckets, max_length)
+        lengths = lengths_of(checkpoint.config, buckets, max_length)
     if held:
         held.check(artefacts.identity(checkpoint, chosen, kernel, lengths, steps))
     use_compilation_cache()
@@ -330,26 +332,15 @@ def compile_ahead(
     """
     folder = Path(artifacts).expanduser().absolute()
     artefacts.check_artifact_target(folder, force)
-    chosen, kernel = _dtype(dtype), kernels.choose(backend)
+    chosen, kernel = dtype_of(dtype), kernels.choose(backend)
     if kernel.name == "neuron-emulated":
         raise UsageError("the backend neuron-emulated runs in Python: it can't be compiled ahead; take another backend")
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(hub.resolve(model))
-    lengths, steps = _lengths(checkpoint, buckets, max_length), _steps(steps_per_dispatch, None)
+    lengths = lengths_of(checkpoint.config, buckets, max_length)
+    steps = default_steps() if steps_per_dispatch is None else steps_per_dispatch
     engine = Engine(checkpoint.describe(kernel, chosen), lengths, steps)
     said = artefacts.identity(checkpoint, chosen, kernel, lengths, steps)
     return artefacts.write(engine, folder, said, batch_size, modes, force)
-
-
-def _lengths(checkpoint: Checkpoint, rule: str | None, max_length: int | None) -> Buckets:
-    return buckets_of(
-        "auto" if rule is None else rule, checkpoint.config.max_positions, jax.default_backend(), max_length
-    )
-
-
-def _steps(steps_per_dispatch: int | None, held: Artifact | None) -> int:
-    if steps_per_dispatch is not None:
-        return steps_per_dispatch
-    return held.steps_per_dispatch if held else 2 if jax.default_backend() == "cpu" else 8
 
 
 def load_and_generate(model: str | os.PathLike[str], prompt: Prompt, **options: Any) -> str:
@@ -366,7 +357,18 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _dtype(dtype: Any) -> Any:
+def lengths_of(config: ModelConfig, rule: str | None, max_length: int | None) -> Buckets:
+    """The lengths that `load` compiles for. Raises UsageError for a rule or a length that can't be used."""
+    return buckets_of("auto" if rule is None else rule, config.max_positions, jax.default_backend(), max_length)
+
+
+def default_steps() -> int:
+    """Tokens decoded per call of the device, where nobody says otherwise: 2 on CPU, 8 elsewhere."""
+    return 2 if jax.default_backend() == "cpu" else 8
+
+
+def dtype_of(dtype: Any) -> Any:
+    """The dtype that `load` is asked for, by default that of the platform. Raises UsageError for any other one."""
     if dtype is None:
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     try:
@@ -402,7 +404,8 @@ def _is_one_prompt(prompts: Any) -> bool:
     return len(prompts) > 0 and isinstance(prompts[0], dict | int | float | np.number)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """The most memory that was in use on the first device, on CPU by the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return stats.get("peak_bytes_in_use") or kibibytes * 1024

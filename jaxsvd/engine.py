@@ -237,6 +237,18 @@ class Engine(Steps):
 
     # The way of a prompt.
 
+    def begin(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[jax.Array, KVCache]:
+        """What `generate` starts with, for measuring it alone: the prefill of prompts that `new` tokens are to follow.
+
+        Returns the float32 logits (batch, vocab) of each row's last token, and the cache.
+        """
+        return self._begin(prompts, self._check(prompts, new))
+
+    @property
+    def executables(self) -> list[tuple[str, Any]]:
+        """Every step that was compiled here, as JAX has it, behind the name of its method, in their order."""
+        return [(key[0], step) for key, step in self._steps.items() if isinstance(step, jax.stages.Compiled)]
+
     def _mode(self, rows: Sequence[SamplingParams]) -> Mode:
         """The least mode that serves all rows, among those that are held where an artefact is used."""
         mode = mode_of(rows)

@@ -15,6 +15,7 @@ import ml_dtypes
 from jaxsvd.errors import UsageError
 from jaxsvd.kernels.neuron import emulator
 from jaxsvd.kernels.neuron.emulator import Cost
+from jaxsvd.named import CONFIGS
 from jaxsvd.progress import bar
 from jaxsvd.weights import uniform_ranks
 
@@ -33,12 +34,13 @@ class Shapes(NamedTuple):
     keys: int
 
 
-MODELS = {
-    "llama-3.2-1b": Shapes(2048, 8192, 2048, 512),
-    "llama-3.2-3b": Shapes(3072, 8192, 3072, 1024),
-    "qwen3-1.7b": Shapes(2048, 6144, 2048, 1024),
-    "qwen3-4b": Shapes(2560, 9728, 4096, 1024),
-}
+def _shapes(name: str) -> Shapes:
+    config = CONFIGS[name]
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return Shapes(config.hidden_size, config.intermediate_size, queries, keys)
+
+
+MODELS = {name: _shapes(name) for name in ("llama-3.2-1b", "llama-3.2-3b", "qwen3-1.7b", "qwen3-4b")}
 # NeuronMM (arXiv 2510.25977) on one core of trn1, read off the figures of github.com/Jerry2423/neuron-mm, by tokens:
 # ms and GiB of its own kernels (the baselines are NKI tutorials), ms and GiB of what AWS's compiler makes of the same.
 Measured = tuple[float | None, float | None, float | None, float | None]

@@ -95,6 +95,11 @@ def test_evaluation_is_on_top():
     }
 
 
+def test_benchmarks_are_on_top():
+    outside = {module for module in importers("jaxsvd.bench") if not below(module, "jaxsvd.bench")}
+    assert outside == {"jaxsvd.cli.bench"}
+
+
 def test_each_heavy_library_has_one_door():
     assert importers("transformers") == {"jaxsvd.tokenizer", "jaxsvd.evaluate.torch_reference"}
     assert importers("torch") == {"jaxsvd.evaluate.torch_reference"}  # check-accuracy --reference transformers

@@ -7,12 +7,13 @@ what it does is the function that this names. Exit codes: 0 done, 1 a check fail
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 from jaxsvd import __version__
-from jaxsvd.cli import check_accuracy, compile, compress, convert, generate, inspect, neuron_report, perplexity
+from jaxsvd.cli import bench, check_accuracy, compile, compress, convert, generate, inspect, neuron_report, perplexity
 from jaxsvd.errors import JaxsvdError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -20,6 +21,7 @@ COMMANDS: dict[str, ModuleType] = {
     "compile": compile,
     "compress": compress,
     "perplexity": perplexity,
+    "bench": bench,
     "check-accuracy": check_accuracy,
     "inspect": inspect,
     "convert": convert,
@@ -48,6 +50,7 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
 
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
+    args.command_line = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
     logger, handler = logging.getLogger("jaxsvd"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.setLevel(logging.CRITICAL if args.quiet else logging.INFO)

@@ -29,7 +29,7 @@ def prompts(args: argparse.Namespace) -> list[str]:
     return found
 
 
-def length_arguments(parser: argparse.ArgumentParser) -> None:
+def length_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add the options that say which lengths are compiled."""
     parser.add_argument(
         "--buckets",
