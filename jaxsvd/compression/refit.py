@@ -2,8 +2,9 @@
 
 With x a matrix's inputs in the dense model and x' those in the compressed one, the best dense replacement of W is
 W* = (W·E[x·x'ᵀ] + λ·W)·(E[x'·x'ᵀ] + λ)⁻¹; its best factors are those in the metric of x'. The ridge λ pulls towards W,
-as few tokens would overfit. For the same reason a matrix that stays dense stays as it is: W* would cost nothing, and
-was worse on text that it had not seen (docs/compression.md).
+as few tokens would overfit. For the same reason a matrix that stays dense stays as it is where most is kept: W* would
+cost nothing, but was worse on text that it had not seen. Where little is kept, x' is so far from x that W* with a
+stronger ridge is better there too (docs/compression.md).
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from jaxsvd.compression.width import kept_neurons
 from jaxsvd.compression.workspace import Arrays
 
 RIDGE = 1e-2  # of the mean power of x'
+DENSE_BELOW = 0.7  # where less is kept of what was selected, matrices that stay dense are refitted too
+DENSE_RIDGE = 5e-2
 
 
 class Refit:
@@ -69,7 +72,11 @@ class Refit:
             product[:, kept] = smaller
             return {"weight": smaller}, product
         if path not in self._plan.ranks:
-            return {}, stored
+            much_is_kept = self._plan.cost >= DENSE_BELOW * self._plan.dense_cost
+            if much_is_kept or not self._analysis.options.selects(path):
+                return {}, stored
+            moved = _refitted(weight, crossed, squared, ridge=DENSE_RIDGE).astype(stored.dtype)
+            return {"weight": moved}, moved
         known.inputs = Moment(squared)
         metric = METHODS[self._analysis.options.method].metric(known)
         found = factor(_refitted(weight, crossed, squared), metric, self._plan.ranks[path])
@@ -78,9 +85,9 @@ class Refit:
 
 
 def _refitted(
-    weight: np.ndarray, crossed: np.ndarray, squared: np.ndarray, kept: np.ndarray | None = None
+    weight: np.ndarray, crossed: np.ndarray, squared: np.ndarray, kept: np.ndarray | None = None, ridge: float = RIDGE
 ) -> np.ndarray:
     """W*, of all inputs or of the kept ones."""
-    ridge = RIDGE * np.trace(squared) / len(squared)
+    ridge = ridge * np.trace(squared) / len(squared)
     target = weight @ crossed + ridge * (weight if kept is None else weight[:, kept])
     return linalg.solve(squared + ridge * np.eye(len(squared)), target.T, assume_a="pos").T

@@ -221,11 +221,15 @@ def _shortened(expected: Reference, path: Path, count: int | None) -> Reference:
 
 
 def _differences(engine: Engine, expected: Reference) -> list[Difference]:
-    """Where the greedy text of each prompt, as `generate` makes it, first is another one."""
+    """Where the greedy text of each prompt, as `generate` makes it, first is another one.
+
+    A text that ends, as the reference's never does, is compared as far as it goes.
+    """
     rows, tokens = [SamplingParams()] * len(expected.prompts), expected.tokens
     found = np.concatenate(list(engine.generate(expected.prompts, rows, tokens.shape[1])), axis=1)
+    ended = np.isneginf(np.take_along_axis(expected.logits, found[:, :, None], axis=2)[:, :, 0])
     return [
         Difference(row, int(at[0]), int(tokens[row, at[0]]), int(found[row, at[0]]))
         for row in range(len(found))
-        if (at := np.flatnonzero(found[row] != tokens[row])).size
+        if (at := np.flatnonzero(found[row] != tokens[row])).size and not ended[row, at[0]]
     ]

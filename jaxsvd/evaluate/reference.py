@@ -15,6 +15,7 @@ import numpy as np
 from jaxsvd import __version__, api, kernels
 from jaxsvd.checkpoint.read import Checkpoint
 from jaxsvd.compression.emit import digest
+from jaxsvd.config import end_of_text_ids
 from jaxsvd.engine import Engine
 from jaxsvd.errors import ModelError, UsageError
 from jaxsvd.evaluate import torch_reference
@@ -30,7 +31,8 @@ class Reference(NamedTuple):
     """The greedy text of a model behind prompts.
 
     `texts` are the prompts, `prompts` their token ids; `logits` float32 (batch, tokens, vocab); `source` says in words
-    who computed them.
+    who computed them. No text ends before its last token: the logits of tokens that would end it are -inf, as
+    transformers' `min_new_tokens` makes them, which NxD Inference sets to the number of tokens that it checks.
     """
 
     texts: list[str]
@@ -40,7 +42,7 @@ class Reference(NamedTuple):
 
     @property
     def tokens(self) -> np.ndarray:
-        """The text, int32 (batch, tokens): the likeliest tokens, running past the end of a text."""
+        """The text, int32 (batch, tokens): the likeliest tokens."""
         return self.logits.argmax(axis=-1).astype(np.int32)
 
     def first(self, count: int) -> "Reference":
@@ -69,12 +71,15 @@ def compute(
     Raises UsageError for prompts that do not fit the model, and where the source can't be had.
     """
     check_source(source)
+    ends = [
+        token for token in end_of_text_ids(checkpoint.folder, checkpoint.raw) if token < checkpoint.config.vocab_size
+    ]
     rows, total = list(map(list, prompts)), count * (len(prompts) if source == "transformers" else 1)
     with bar("reference", total, "token", progress, leave=False) as shown:
         if source == "transformers":
-            logits = torch_reference.greedy(checkpoint, rows, count, shown.update)
+            logits = torch_reference.greedy(checkpoint, rows, count, ends, shown.update)
         else:
-            logits = _greedy(checkpoint, rows, count, shown.update)
+            logits = _greedy(checkpoint, rows, count, ends, shown.update)
     words = "transformers, float32 on CPU" if source == "transformers" else REFERENCE
     return Reference(list(texts), rows, logits, words)
 
@@ -88,15 +93,26 @@ def check_source(source: str) -> None:
 
 
 def _greedy(
-    checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], count: int, progress: Callable[[int], object]
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    ends: Sequence[int],
+    progress: Callable[[int], object],
 ) -> np.ndarray:
     api.use_compilation_cache()
-    found = []
+    found: list[np.ndarray] = []
+
+    def choose(_: int, logits: np.ndarray) -> np.ndarray:
+        found.append(logits.copy())
+        found[-1][:, ends] = -np.inf
+        progress(1)
+        return found[-1].argmax(axis=-1)
+
     with _on_cpu():
         engine = Engine(checkpoint.load(kernels.choose("xla", "cpu"), jnp.float32))
-        for logits in engine.follow(prompts, count, lambda _, logits: logits.argmax(axis=-1)):
-            found.append(logits)
-            progress(1)
+        for position, logits in enumerate(engine.follow(prompts, count, choose)):
+            if position + 1 == count:  # nothing is chosen behind the last
+                choose(position, logits)
     return np.stack(found, axis=1)
 
 

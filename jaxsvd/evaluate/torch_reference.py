@@ -23,9 +23,16 @@ def check() -> None:
 
 
 def greedy(
-    checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], count: int, progress: Callable[[int], object]
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    ends: Sequence[int],
+    progress: Callable[[int], object],
 ) -> np.ndarray:
-    """Float32 logits (batch, count, vocab) of the greedy text behind each prompt, one prompt at a time, on CPU."""
+    """Float32 logits (batch, count, vocab) of the greedy text behind each prompt, one prompt at a time, on CPU.
+
+    Those of the tokens `ends` are -inf.
+    """
     import torch
 
     model = _model(checkpoint)
@@ -36,6 +43,7 @@ def greedy(
             for found in row:
                 answer = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
                 found[:] = answer.logits[0, -1].numpy()
+                found[ends] = -np.inf
                 ids, past = torch.tensor([[int(found.argmax())]]), answer.past_key_values
                 progress(1)
     return logits

@@ -88,6 +88,27 @@ def test_refit_brings_it_nearer(make, source, text):
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize(
+    ("keep", "options", "moves"),
+    [(0.6, {}, True), (0.75, {}, False), (0.6, {"dense_layers": (0,)}, True), (0.6, {"only": "mlp"}, True)],
+)
+def test_refit_moves_dense_matrices_where_little_is_kept(make, source, keep, options, moves):
+    report = make(keep, refit=True, **options)
+    given, made = TensorFiles(source), TensorFiles(report.target)
+    moved = {
+        name for name in made.entries if name in given.entries and not np.array_equal(made.read(name), given.read(name))
+    }
+    selected = {
+        path
+        for path in Checkpoint(source).matrices
+        if not (options.get("only") and ".mlp." not in path)
+        and not (options.get("dense_layers") and path.startswith("model.layers.0."))
+    }
+    left = {f"{path}.weight" for path in selected - set(report.plan.ranks)}
+    assert left or options, "the plan must leave something dense"
+    assert moved == (left if moves else set())
+
+
 @pytest.mark.parametrize("method", ["fwsvd", "asvd"])
 def test_every_method_makes_a_model(make, method):
     report = make(method=method, allocate="uniform")

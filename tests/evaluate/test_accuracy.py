@@ -141,6 +141,21 @@ def test_a_low_rank_model_is_what_its_reference_says(low, source):
     assert tokens.passed and tokens.differences == []
 
 
+@pytest.mark.parametrize("source", reference.SOURCES)
+def test_no_text_ends_early(low, tmp_path, source):
+    """The tokens that end a text count on neither side, as where transformers is told of min_new_tokens."""
+    usual = accuracy.check(low, "logits", PROMPTS, 3, progress=False).reference.tokens
+    folder, end = tmp_path / "model", int(usual[0, 1])
+    shutil.copytree(low, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 10**6]}))
+    found = accuracy.check(folder, "logits", PROMPTS, 3, source=source, tolerances=TIGHT, progress=False)
+    assert end in usual and end not in found.reference.tokens
+    assert np.isneginf(found.reference.logits[..., end]).all()
+    assert found.passed and all(token.actual != end for row in found.matching.tokens for token in row)
+    # The text as it is generated ends where the reference goes on: there is nothing to compare behind that.
+    assert accuracy.check(folder, "tokens", PROMPTS, 3, source=source, progress=False).differences == []
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "llama-biased"])
 def test_transformers_and_xla_agree(kind, tmp_path):
     model = make_tiny(kind, tmp_path)
@@ -536,8 +551,9 @@ def test_smollm_low_rank_with_rounded_weights_passes_the_seeds_map(smollm, tmp_p
         tensors[up] = tensors[up].astype(np.float32) * scale
         tensors[down] = np.ascontiguousarray(tensors[down].astype(np.float32) / scale[:, None])
     save_file(tensors, folder / "model.safetensors")
-    base = [folder, "--tol-map", "{5: (1e-5, 0.02)}", "--divergence-tol", 0.005, "--num-tokens", 2, "--json", "-q"]
-    base += ["-p", "The Earth goes around the", "-p", "Water boils at"]
+    base = [folder, "--tol-map", "{5: (1e-5, 0.02)}", "--divergence-tol", 0.005, "--num-tokens", 16, "--json", "-q"]
+    prompts = ["The Earth goes around the", "Water boils at", "I believe the meaning of life is"]
+    base += [argument for prompt in prompts for argument in ("-p", prompt)]
     golden = tmp_path / "golden.safetensors"
     assert run(*base, "--round-weights", "bfloat16", "--save-golden", golden) == 0
     found = answer(capfd)
@@ -545,6 +561,6 @@ def test_smollm_low_rank_with_rounded_weights_passes_the_seeds_map(smollm, tmp_p
     assert found["projections"][0]["error"] > 1e-3
     path = "model.layers.10.mlp.down_proj"
     plant(path, 1.03)
-    arguments = [value for value in base if value not in ("-p", "The Earth goes around the", "Water boils at")]
+    arguments = [value for value in base if value not in ("-p", *prompts)]
     assert run(*arguments, "--round-weights", "bfloat16", "--golden", golden) == 1
     assert answer(capfd)["suspects"] == [path]
