@@ -1,16 +1,17 @@
 """One decoded token through one transformer layer, in one persistent launch: an experiment (docs/performance.md).
 
-Correct on one H200, and slower than what XLA makes of the layer: no part of jaxsvd uses it. It wants jax 0.11.
+No part of jaxsvd uses it. Unrolled, as it was measured, it was right on one H200 and slower than what XLA makes of the
+layer; with products as loops, as it is here, it has run in Pallas' interpreter only. It wants jax 0.11.
 
 At batch 1 a layer is a chain of matrix-vector products, and its floor is the time to read its weights. What keeps a
 chain of kernels from that floor is not bandwidth but the gaps: a launch, a first load, a ragged tail, some twenty times
-a layer. Here the blocks stay. In each of them one warp streams the block's share of *all* the layer's weights through
-a ring in shared memory, in the order of their use and as far ahead as the ring has room, while a warpgroup multiplies.
-Between two products that depend on each other all blocks meet at a barrier in global memory; meanwhile the ring fills.
+a layer. Here the blocks stay. In each of them one warpgroup streams the block's share of *all* the layer's weights
+through rings in shared memory, in the order of their use and as far ahead as there is room, while others multiply.
+Between two products that depend on each other all blocks meet at a barrier in global memory; meanwhile the rings fill.
 
 Weights lie (outputs, inputs), as for XLA, so that a tile of rows is a run of memory. A thread owns the same four of
-every 512 inputs in all products of a phase, and holds its share of x in registers. Sums, norms, RoPE, softmax and the
-residual are float32.
+every 512 inputs; the xs of a phase lie in shared memory, so that the products are short loops. Sums, norms, RoPE,
+softmax and the residual are float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ BLOCK = 64  # inputs in a row of a vector's buffer
 CHUNK = 8 * BLOCK  # inputs that a warpgroup takes at once, four to a thread
 ROWS = 8  # outputs in a tile
 WIDE = 2  # chunks in a slot of the ring
-SLOTS = 12  # slots of (ROWS, WIDE · CHUNK) in a block's ring, all workers' together
+SLOTS = 10  # slots of (ROWS, WIDE · CHUNK) in a block's ring, all workers' together
 SCRATCH = 2048  # bytes of shared memory in which the warps of a warpgroup add up
 TOKENS = 32  # tokens that a block attends to at once
 SPLITS = 16  # parts of the cache that are attended to side by side, per head of keys
@@ -83,14 +84,11 @@ class Vector:
     ref: Any
     start: int = 0
 
-    def chunk(self, index: int, width: int) -> jax.Array:
+    def chunk(self, index: jax.Array, width: int) -> jax.Array:
         """Inputs [512·index, 512·(index + 1)) of a vector of `width`, float32; zeros behind its end."""
-        first = self.start // BLOCK + index * 8
+        first = jnp.minimum(self.start // BLOCK + index * 8, self.ref.shape[0] - 8)
         values = load(self.ref.at[pl.ds(first, 8)], INPUTS).astype(jnp.float32)
-        valid = width // BLOCK - index * 8
-        if valid >= 8:
-            return values
-        inside = plgpu.broadcasted_iota(jnp.int32, (8, BLOCK), 0, layout=INPUTS) < valid
+        inside = plgpu.broadcasted_iota(jnp.int32, (8, BLOCK), 0, layout=INPUTS) < width // BLOCK - index * 8
         return jnp.where(inside, values, 0.0)
 
     def rows(self, row: jax.Array) -> Any:
@@ -102,6 +100,34 @@ class Vector:
         """The reference to `width` elements from a dynamic one, a multiple of `width`, which divides 64."""
         element = element + self.start
         return self.ref.at[lax.div(element, BLOCK), pl.ds(lax.rem(element, BLOCK), width)]
+
+
+@dataclass(frozen=True)
+class X:
+    """What a product reads: a vector of `width`, with RMSNorm where it has a `gain`."""
+
+    vector: Vector
+    width: int
+    gain: Any = None
+    eps: float = 0.0
+
+    def scale(self) -> jax.Array | float:
+        """What the norm multiplies with, beside its gain."""
+        if self.gain is None:
+            return 1.0
+
+        def add(i: jax.Array, squares: jax.Array) -> jax.Array:
+            values = self.vector.chunk(i, self.width)
+            return squares + values * values
+
+        none = plgpu.layout_cast(jnp.zeros((8, BLOCK), jnp.float32), INPUTS)
+        squares = lax.fori_loop(0, chunks(self.width), add, none)
+        return lax.rsqrt(jnp.sum(jnp.sum(squares, axis=1), axis=0) / self.width + self.eps)
+
+    def chunk(self, index: jax.Array, scale: jax.Array | float) -> jax.Array:
+        """See `Vector.chunk`."""
+        values = self.vector.chunk(index, self.width)
+        return values if self.gain is None else values * scale * Vector(self.gain).chunk(index, self.width)
 
 
 @dataclass(frozen=True)
@@ -119,10 +145,10 @@ class Phase:
     """Products that need no barrier between them.
 
     Each of `tiles` is (rows, streamed members, store): a tile takes ROWS rows of each member, and `store(row, sums)`
-    does what is to be done with their products. `read()` gives the xs in registers.
+    does what is to be done with their products.
     """
 
-    read: Callable[[], list[list[jax.Array]]]
+    xs: list[X]
     tiles: list[tuple[int, list[Streamed], Callable[[jax.Array, list[jax.Array]], None]]]
 
 
@@ -136,15 +162,6 @@ def slots(width: int) -> int:
     return -(-chunks(width) // WIDE)
 
 
-def norm(x: Vector, weight: Any, width: int, eps: float) -> list[jax.Array]:
-    """RMSNorm of a vector, in chunks."""
-    values = [x.chunk(i, width) for i in range(chunks(width))]
-    squares = reduce(jnp.add, [value * value for value in values])
-    scale = lax.rsqrt(jnp.sum(jnp.sum(squares, axis=1), axis=0) / width + eps)
-    gains = Vector(weight)
-    return [value * scale * gains.chunk(i, width) for i, value in enumerate(values)]
-
-
 class Stream:
     """Rings of weight tiles, one for each worker: `fill` runs in the thread that copies, `multiply` in the workers.
 
@@ -152,9 +169,9 @@ class Stream:
     every phase of a barrier to know which one comes next.
     """
 
-    def __init__(self, block: jax.Array, blocks: int, workers: int, ring: Any, full: Any, empty: Any) -> None:
+    def __init__(self, block: jax.Array, blocks: int, workers: int, scratch: Sequence[Any]) -> None:
         self._block, self._blocks, self._workers = block, blocks, workers
-        self._ring, self._full, self._empty = ring, full, empty
+        self._ring, self._held, self._full, self._empty, self._local = scratch
         self._slots = SLOTS // workers
 
     def _slot(self, worker: Any, count: jax.Array) -> jax.Array:
@@ -186,18 +203,21 @@ class Stream:
                     worker, row = lax.rem(turn, self._workers), (first + i * self._blocks) * ROWS
                     count = counts[0] if self._workers == 1 else jnp.where(worker == 0, *counts)
                     for member in members:
-                        for part in range(slots(member.inputs)):
+
+                        def copy(part: jax.Array, count: jax.Array, member: Streamed = member) -> jax.Array:
                             slot = self._slot(worker, count)
 
                             @pl.when(count >= self._slots)
-                            def wait(slot: jax.Array = slot) -> None:
+                            def wait() -> None:
                                 plgpu.barrier_wait(self._empty.at[slot])
 
-                            # Dynamic, as the last slot may reach over the edge, where the copy reads zeros.
-                            columns = pl.ds(count * 0 + part * WIDE * 8, WIDE * 8)
+                            # The last slot may reach over the edge, where the copy reads zeros.
+                            columns = pl.ds(part * WIDE * 8, WIDE * 8)
                             source = member.weight.at[pl.ds(row + member.row, ROWS), columns]
                             plgpu.copy_gmem_to_smem(source, self._ring.at[slot], self._full.at[slot])
-                            count = count + 1
+                            return count + 1
+
+                        count = lax.fori_loop(0, slots(member.inputs), copy, count)
                     counts = tuple(jnp.where(worker == w, count, old) for w, old in enumerate(counts))
                     return turn + 1, counts
 
@@ -209,42 +229,72 @@ class Stream:
 
             lax.fori_loop(jnp.maximum(count - self._slots, 0), count, drain, None)
 
+    def together(self) -> None:
+        """The workers of the block wait for each other."""
+        plgpu.barrier_arrive(self._local)
+        plgpu.barrier_wait(self._local)
+
+    def _hold(self, worker: int, xs: Sequence[X]) -> list[int]:
+        """Put the xs into shared memory, whole slots of each, the workers in turns: the row where each begins."""
+        starts, end = [], 0
+        for x in xs:
+            starts.append(end)
+            scale, count = x.scale(), slots(x.width) * WIDE
+
+            def copy(i: jax.Array, _: None, x: X = x, scale: Any = scale, start: int = end) -> None:
+                chunk = i * self._workers + worker
+                self._held.at[pl.ds(start + chunk * 8, 8)][...] = x.chunk(chunk, scale)
+
+            lax.fori_loop(0, -(-(count - worker) // self._workers), copy, None)
+            end += count * 8
+        self.together()
+        return starts
+
+    def _product(self, worker: int, count: jax.Array, inputs: int, start: int) -> jax.Array:
+        """The sums (ROWS,) of a tile whose slots begin at `count`, with the x at row `start`."""
+
+        def add(part: jax.Array, total: jax.Array) -> jax.Array:
+            slot = self._slot(worker, count + part)
+            plgpu.barrier_wait(self._full.at[slot])
+            for i in range(WIDE):
+                weights = load(self._ring.at[slot, :, pl.ds(i * 8, 8)], TILE).astype(jnp.float32)
+                x = load(self._held.at[pl.ds(start + (part * WIDE + i) * 8, 8)], INPUTS)
+                total = total + weights * plgpu.layout_cast(lax.broadcast_in_dim(x, weights.shape, (1, 2)), TILE)
+            plgpu.barrier_arrive(self._empty.at[slot])
+            return total
+
+        none = plgpu.layout_cast(jnp.zeros((ROWS, 8, BLOCK), jnp.float32), TILE)
+        return jnp.sum(jnp.sum(lax.fori_loop(0, slots(inputs), add, none), axis=2), axis=1)
+
     def multiply(self, worker: int, phases: Sequence[Phase], between: Callable[[int], None]) -> None:
-        """Run the phases; `between(i)` runs before phase i. The workers take turns at this block's tiles."""
+        """Run the phases; `between(i)` runs behind the first i. The workers take turns at this block's tiles."""
         count = turn = jnp.int32(0)
         for number, (phase, shares) in enumerate(zip(phases, self._deal(phases), strict=True)):
-            xs = phase.read()
+            held = self._hold(worker, phase.xs)
             for (_, members, store), (first, tiles) in zip(phase.tiles, shares, strict=True):
+                ends = [sum(slots(member.inputs) for member in members[:j]) for j in range(len(members) + 1)]
 
-                def product(row: jax.Array, count: jax.Array, member: Streamed, xs: Any = xs) -> jax.Array:
-                    total = None
-                    for part in range(slots(member.inputs)):
-                        slot = self._slot(worker, count + part)
-                        plgpu.barrier_wait(self._full.at[slot])
-                        wide = [
-                            load(self._ring.at[slot, :, pl.ds(i * 8, 8)], TILE).astype(jnp.float32)
-                            for i in range(min(WIDE, chunks(member.inputs) - part * WIDE))
-                        ]
-                        plgpu.barrier_arrive(self._empty.at[slot])
-                        for i, weights in enumerate(wide):
-                            x = lax.broadcast_in_dim(xs[member.x][part * WIDE + i], (ROWS, 8, BLOCK), (1, 2))
-                            product = weights * plgpu.layout_cast(x, TILE)
-                            total = product if total is None else total + product
-                    return jnp.sum(jnp.sum(total, axis=2), axis=1)
-
-                def tile(i: jax.Array, at: Any, members: Any = members, first: Any = first, store: Any = store) -> Any:
+                def tile(
+                    i: jax.Array,
+                    at: Any,
+                    members: Any = members,
+                    first: Any = first,
+                    store: Any = store,
+                    ends: Any = ends,
+                    held: Any = held,
+                ) -> Any:
                     count, turn = at
-                    starts = [sum(slots(member.inputs) for member in members[:j]) for j in range(len(members) + 1)]
                     is_mine = lax.rem(turn, self._workers) == worker
 
                     @pl.when(is_mine)
                     def mine() -> None:
-                        row = (first + i * self._blocks) * ROWS
-                        store(
-                            row, [product(row, count + at, member) for at, member in zip(starts, members, strict=False)]
-                        )
+                        sums = [
+                            self._product(worker, count + end, member.inputs, held[member.x])
+                            for end, member in zip(ends, members, strict=False)
+                        ]
+                        store((first + i * self._blocks) * ROWS, sums)
 
-                    return count + jnp.where(is_mine, starts[-1], 0), turn + 1
+                    return count + jnp.where(is_mine, ends[-1], 0), turn + 1
 
                 count, turn = lax.fori_loop(0, tiles, tile, (count, turn))
             between(number + 1)
@@ -261,7 +311,7 @@ def write(target: Vector, residual: Vector | None, row: jax.Array, sums: list[ja
 def group_phases(
     group: Group,
     weights: Sequence[Any],
-    read: Callable[[], list[jax.Array]],
+    x: X,
     strip: Any,
     outputs: Sequence[Any],
     residual: Vector | None = None,
@@ -275,9 +325,7 @@ def group_phases(
     starts = [sum(group.widths[:i]) for i in range(len(group.widths))]
     only = residual if group.ranks == (None,) else None  # a lone dense member is done after the first product
     target = Vector(outputs[0]) if group.ranks == (None,) else Vector(strip)
-    phases = [
-        Phase(lambda: [read()], [(sum(group.widths), [Streamed(first, 0, group.inputs)], partial(write, target, only))])
-    ]
+    phases = [Phase([x], [(sum(group.widths), [Streamed(first, 0, group.inputs)], partial(write, target, only))])]
     vectors, tiles, reads = [], [], []
     for start, rank, width in zip(starts, group.ranks, group.outputs, strict=True):
         if rank is None:
@@ -285,20 +333,14 @@ def group_phases(
             continue
         j = len(tiles)
         vectors.append(Vector(outputs[j]))
-        reads.append((Vector(strip, start), rank))
+        reads.append(X(Vector(strip, start), rank))
         tiles.append((width, [Streamed(second[j], 0, rank, j)], partial(write, vectors[-1], residual)))
     if tiles:
-
-        def strips() -> list[list[jax.Array]]:
-            return [[vector.chunk(i, rank) for i in range(chunks(rank))] for vector, rank in reads]
-
-        phases.append(Phase(strips, tiles))
+        phases.append(Phase(reads, tiles))
     return phases, vectors
 
 
-def gated_phases(
-    group: Group, weights: Sequence[Any], read: Callable[[], list[jax.Array]], strip: Any, target: Vector
-) -> list[Phase]:
+def gated_phases(group: Group, weights: Sequence[Any], x: X, strip: Any, target: Vector) -> list[Phase]:
     """The phases of gate and up, which leave silu(gate(x))·up(x) in `target`."""
     first, *second = weights
     starts = (0, group.widths[0])
@@ -309,7 +351,7 @@ def gated_phases(
             target.rows(row)[...] = gate(*sums)
 
         members = [Streamed(first, start, group.inputs) for start in starts]
-        return [Phase(lambda: [read()], [(width, members, store_both)])]
+        return [Phase([x], [(width, members, store_both)])]
     strips = [Vector(strip, start) for start in starts]
     low_rank = [j for j, rank in enumerate(group.ranks) if rank is not None]
     members = [Streamed(second[i], 0, group.ranks[j] or 0, i) for i, j in enumerate(low_rank)]
@@ -319,13 +361,10 @@ def gated_phases(
         pair = [next(given) if j in low_rank else load(strips[j].rows(row), SUMS) for j in range(2)]
         target.rows(row)[...] = gate(*pair)
 
-    def xs() -> list[list[jax.Array]]:
-        return [[strips[j].chunk(i, group.ranks[j] or 0) for i in range(chunks(group.ranks[j] or 0))] for j in low_rank]
-
     whole = [Streamed(first, 0, group.inputs)]
     return [
-        Phase(lambda: [read()], [(sum(group.widths), whole, partial(write, Vector(strip), None))]),
-        Phase(xs, [(width, members, store)]),
+        Phase([x], [(sum(group.widths), whole, partial(write, Vector(strip), None))]),
+        Phase([X(strips[j], group.ranks[j] or 0) for j in low_rank], [(width, members, store)]),
     ]
 
 
@@ -513,6 +552,9 @@ def make_layer(shape: LayerShape, blocks: int, workers: int = 2, interpret: Any 
         for group in groups
     ]
 
+    sizes = [[group.inputs] for group in groups] + [[rank or 0 for rank in group.ranks] for group in groups]
+    held = max(sum(slots(size) for size in phase) for phase in sizes) * WIDE * 8  # rows of the xs of a phase
+
     def body(*refs: Any) -> None:
         take = iter(refs)
         x, position, cosines, sines, before, after = (next(take) for _ in range(6))
@@ -522,23 +564,19 @@ def make_layer(shape: LayerShape, blocks: int, workers: int = 2, interpret: Any 
         out, middle, mixed, inner, parts, tops, totals = (next(take) for _ in range(7))
         strips = [next(take) for _ in groups]
         projected = [next(take) for _ in second[0]]
-        ring, full, empty, local = take
+        scratch = list(take)
         meeting = pl.get_global(plgpu.SemaphoreType.REGULAR((sum(counts) + 3,)))  # one set for all blocks
         block, thread = lax.axis_index("block"), lax.axis_index("thread")
-        stream = Stream(block, blocks, workers, ring, full, empty)
+        stream = Stream(block, blocks, workers, scratch)
         start = Vector(x)
 
-        def normed(x: Vector, weight: Any) -> Callable[[], list[jax.Array]]:
-            return lambda: norm(x, weight, hidden, shape.eps)
-
-        def whole(x: Vector, size: int) -> Callable[[], list[jax.Array]]:
-            return lambda: [x.chunk(i, size) for i in range(chunks(size))]
-
-        qkv, heads = group_phases(shape.qkv, weights[0], normed(start, before), strips[0], projected)
-        o, _ = group_phases(shape.o, weights[1], whole(Vector(mixed), width), strips[1], [middle], start)
-        gate_up = gated_phases(shape.gate_up, weights[2], normed(Vector(middle), after), strips[2], Vector(inner))
+        qkv, heads = group_phases(shape.qkv, weights[0], X(start, hidden, before, shape.eps), strips[0], projected)
+        o, _ = group_phases(shape.o, weights[1], X(Vector(mixed), width), strips[1], [middle], start)
+        gate_up = gated_phases(
+            shape.gate_up, weights[2], X(Vector(middle), hidden, after, shape.eps), strips[2], Vector(inner)
+        )
         down, _ = group_phases(
-            shape.down, weights[3], whole(Vector(inner), shape.down.inputs), strips[3], [out], Vector(middle)
+            shape.down, weights[3], X(Vector(inner), shape.down.inputs), strips[3], [out], Vector(middle)
         )
         phases = [*qkv, *o, *gate_up, *down]
 
@@ -548,8 +586,7 @@ def make_layer(shape: LayerShape, blocks: int, workers: int = 2, interpret: Any 
             def meet() -> None:
                 """Every warpgroup of the grid sees what all have stored before."""
                 number = next(met)
-                plgpu.barrier_arrive(local)
-                plgpu.barrier_wait(local)
+                stream.together()
                 if blocks > 1:
                     if worker == 0:
                         plgpu.semaphore_signal(meeting.at[number], 1, memory_scope="gpu")
@@ -599,6 +636,7 @@ def make_layer(shape: LayerShape, blocks: int, workers: int = 2, interpret: Any 
     ]
     scratch = [
         plgpu.SMEM((SLOTS, ROWS, WIDE * 8, BLOCK), jnp.bfloat16),
+        plgpu.SMEM((held, BLOCK), jnp.float32),
         plgpu.Barrier(num_barriers=SLOTS),
         plgpu.Barrier(num_barriers=SLOTS),
         plgpu.Barrier(num_arrivals=workers),
