@@ -480,6 +480,9 @@ def test_compile_needs_a_folder_and_a_model(model, tmp_path, capfd):
         cli.run("compile", [str(model)])
     assert cli.run("compile", ["no-such-model", "--artifacts", str(tmp_path / "a"), "-q"]) == 2
     assert "qwen3-4b" in capfd.readouterr().err
+    given = [str(model), "--artifacts", str(tmp_path / "a"), "--backend", "neuron-emulated", "-q"]
+    assert cli.run("compile", given) == 2
+    assert "can't be compiled ahead" in capfd.readouterr().err
 
 
 # The bar: with an artefact the first token is there in a quarter of the time, and nothing is compiled.

@@ -1,14 +1,10 @@
 import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from evaluating import copy_model, write_tokenizer
 
 from jaxsvd import cli
-
-ROOT = Path(__file__).parent.parent
 
 
 def generate(*arguments):
@@ -83,31 +79,63 @@ def test_bad_input_is_one_clear_message_and_exit_code_2(smollm, capfd, arguments
     assert out == "" and words in err and "Traceback" not in err and len(err.splitlines()) == 1
 
 
-def test_compress_writes_a_model_that_generate_runs(tmp_path, tiny_llama, smollm, capfd):
-    import shutil
-
-    source = tmp_path / "source"
-    shutil.copytree(tiny_llama[0], source)
-    assert cli.run("compress", [str(source), str(tmp_path / "target"), "--keep", "0.5", "-q"]) == 2
-    assert "tokenizer" in capfd.readouterr().err  # the tiny model has none, and it is needed to read the text
-    assert not (tmp_path / "target").exists()
-    assert cli.run("compress", [str(smollm), str(tmp_path), "--keep", "0.5", "-q"]) == 2
-    assert "exists" in capfd.readouterr().err
+# Every option, on a tiny model.
 
 
-@pytest.mark.parametrize("script", ["generate", "compress", "compile"])
-def test_scripts_are_doors(script):
-    command = [sys.executable, ROOT / "scripts" / f"{script}.py"]
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "usage" in done.stdout
-    done = subprocess.run([*command, "--no-such-option"], capture_output=True, text=True)
-    assert done.returncode == 2
-    done = subprocess.run([sys.executable, "-m", "jaxsvd.cli", "--version"], capture_output=True, text=True)
-    assert done.returncode == 0
+@pytest.fixture
+def answer(worded, capfd):
+    """The JSON of a run on the tiny model, or on the one that is given."""
+
+    def ask(*arguments, model=worded[0], text=("--prompt", "Four score")):
+        assert generate("--model", model, *text, "--max-new-tokens", 12, *arguments, "--json", "-q") == 0
+        return json.loads(capfd.readouterr().out)
+
+    return ask
 
 
-def test_version_and_subcommands(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["--version"])
-    assert "jaxsvd 0." in capsys.readouterr().out
-    assert cli.main(["generate", "--model", "no-such-model", "-p", "x", "-q"]) == 2
+def ids_of(found):
+    return found["results"][0]["token_ids"]
+
+
+def test_filters_leave_the_likeliest_token(answer):
+    greedy, hot = ids_of(answer("--raw")), ("--raw", "--temperature", 5, "--seed", 1)
+    assert ids_of(answer(*hot)) != greedy
+    for option, value in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 1)):
+        assert ids_of(answer(*hot, option, value)) == greedy, option
+
+
+@pytest.mark.parametrize("option", ["--repetition-penalty", "--presence-penalty"])
+def test_penalties_forbid_what_was_said(answer, option):
+    greedy, found = (ids_of(answer("--raw", *extra)) for extra in ((), (option, 1000)))
+    assert len(set(greedy)) < 12 == len(set(found))
+
+
+def test_the_end_of_a_text_is_ignored(answer, worded, tmp_path):
+    model, greedy = copy_model(worded[0], tmp_path / "model"), ids_of(answer("--raw"))
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": greedy[3]}), "utf-8")
+    (model / "generation_config.json").unlink(missing_ok=True)
+    (ended,) = answer("--raw", model=model)["results"]
+    assert ended["finish_reason"] == "stop" and len(ended["token_ids"]) == greedy.index(greedy[3]) + 1
+    (whole,) = answer("--raw", "--ignore-eos", model=model)["results"]
+    assert (whole["finish_reason"], whole["token_ids"]) == ("length", greedy)
+
+
+def test_the_chat_template_is_used_where_there_is_one(answer, worded, tmp_path, capfd):
+    tokens = {option: answer(*option)["statistics"]["prompt_tokens"] for option in ((), ("--chat",), ("--raw",))}
+    chat, raw = len("[user] Four score\n[assistant] "), 1 + len("Four score")  # <s>, and characters
+    assert tokens == {(): chat, ("--chat",): chat, ("--raw",): raw}
+    model = copy_model(worded[0], tmp_path / "model")
+    write_tokenizer(model, template=None)
+    assert answer(model=model)["statistics"]["prompt_tokens"] == raw
+    assert generate("--model", model, "-p", "x", "--chat", "-q") == 2
+    assert "template" in capfd.readouterr().err
+
+
+def test_dtype_and_lengths_arrive(answer, worded, capfd):
+    half, full = (answer("--raw", *extra)["statistics"] for extra in (("--dtype", "bfloat16"), ()))
+    assert 2 * half["bytes_per_step"] == full["bytes_per_step"]
+    assert generate("--model", worded[0], "-p", "Four score", "--raw", "--buckets", "32", "--max-length", 24) == 2
+    assert "max_length is 24" in capfd.readouterr().err
+    assert generate("--model", worded[0], "-p", "Four", "--raw", "--max-new-tokens", 2, "--buckets", "24/48") == 0
+    assert "prefill of 24 tokens" in capfd.readouterr().err

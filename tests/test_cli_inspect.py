@@ -192,12 +192,6 @@ def test_bad_input_is_one_clear_message_and_exit_code_2(low, capfd, arguments, w
 # The doors: scripts/inspect.py must not be what `import inspect` finds.
 
 
-@pytest.mark.parametrize("script", ["inspect", "generate", "check_accuracy"])
-def test_scripts_do_not_hide_the_standard_library(script):
-    done = subprocess.run([sys.executable, SCRIPTS / f"{script}.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith(f"usage: {script}.py") and done.stderr == ""
-
-
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_door_takes_its_folder_off_the_path_before_it_imports(path):
     text = path.read_text("utf-8")

@@ -55,6 +55,15 @@ def test_the_command(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == saved
 
 
+def test_the_chain_is_left_out_where_that_is_said(monkeypatch, capsys):
+    """It takes minutes: here it is only asked for."""
+    asked = []
+    monkeypatch.setattr(neuron_report, "measure", lambda *given, **_: asked.append(given) or [])
+    for extra in ([], ["--no-chain"]):
+        assert cli.run("neuron-report", ["--target", "trn2", "--model", "qwen3-4b", *extra, "--json", "-q"]) == 0
+    assert asked == [(["trn2"], ["qwen3-4b"], chain) for chain in (True, False)]
+
+
 def test_unknown_names_are_refused(capsys):
     assert cli.run("neuron-report", ["--target", "trn9", "-q"]) == 2
     assert cli.run("neuron-report", ["--model", "gpt", "-q"]) == 2

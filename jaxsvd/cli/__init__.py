@@ -7,8 +7,10 @@ what it does is the function that this names. Exit codes: 0 done, 1 a check fail
 
 import argparse
 import logging
+import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -43,7 +45,6 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
     """Run one command, as the scripts do; return the exit code."""
     command = COMMANDS[name]
     parser = argparse.ArgumentParser(description=command.__doc__)
-    parser.add_argument("--version", action="version", version=f"jaxsvd {__version__}")
     command.arguments(parser)
     return _run(parser, argv)
 
@@ -51,6 +52,8 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     args.command_line = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    if args.quiet:  # nor the Hub's own bars, which read this when they are first imported
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     logger, handler = logging.getLogger("jaxsvd"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.setLevel(logging.CRITICAL if args.quiet else logging.INFO)
@@ -70,6 +73,9 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         return JaxsvdError.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception:  # memory that is not there, or a bug: Python would end with 1, as if a check had failed
+        traceback.print_exc()
+        return JaxsvdError.exit_code
     finally:
         logger.removeHandler(handler)
     return 0

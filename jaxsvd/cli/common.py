@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxsvd import __version__
 from jaxsvd.errors import UsageError
 
 
@@ -43,4 +44,5 @@ def finish(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespac
     """Add the options that every command has, and what it calls."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no statistics on stderr")
+    parser.add_argument("--version", action="version", version=f"jaxsvd {__version__}")
     parser.set_defaults(command=command)

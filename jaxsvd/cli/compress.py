@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from jaxsvd.cli import common
+from jaxsvd.errors import UsageError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--calibration", nargs="+", action="extend", default=[], metavar="FILE", help="UTF-8 texts")
     text.add_argument("--tokens", type=int, metavar="N", help="how many tokens of them to use")
     text.add_argument("--gradient-tokens", type=int, metavar="N", help="on how many of these to take gradients (half)")
-    text.add_argument("--seed", type=int, default=0, help="where in the texts they begin")
+    text.add_argument("--seed", type=int, metavar="N", help="where in the texts they begin (0)")
     work = parser.add_argument_group("work")
     work.add_argument("--dry-run", action="store_true", help="print the plan; keep the analysis, write no model")
     work.add_argument("--report", type=Path, metavar="FILE.png", help="draw the plan")
@@ -41,13 +42,15 @@ def compress(args: argparse.Namespace) -> None:
     from jaxsvd.compression import compress as run_compress
     from jaxsvd.compression.report import table
 
-    same = ("method", "allocate", "refit", "width", "only", "dense_layers", "calibration", "gradient_tokens", "seed")
+    _refuse_unread(args)
+    same = ("method", "allocate", "refit", "width", "only", "dense_layers", "calibration", "gradient_tokens")
     same += ("rank_multiple", "force", "resume", "work", "dry_run", "report")
     made = run_compress(
         args.source,
         args.target,
         args.keep,
         tokens=DEFAULT_TOKENS if args.tokens is None else args.tokens,
+        seed=args.seed or 0,
         progress=False if args.quiet else None,
         **{name: getattr(args, name) for name in same},
     )
@@ -65,3 +68,18 @@ def compress(args: argparse.Namespace) -> None:
     )
     if not args.quiet:
         print(f"{made.seconds:.0f} s, peak memory {made.peak_bytes / 1e9:.2f} GB", file=sys.stderr)
+
+
+def _refuse_unread(args: argparse.Namespace) -> None:
+    """Raises UsageError for options of a text that nothing will read."""
+    from jaxsvd.compression.options import Options
+
+    chosen = (args.keep, args.method, args.allocate, args.refit, args.width, args.only, tuple(args.dense_layers))
+    needs = Options(*chosen, rank_multiple=1).needs  # whatever the multiple is
+    unread = () if needs & {"gradients", "fisher"} else ("gradient_tokens",)
+    unread += () if needs else ("calibration", "tokens", "seed")
+    if given := [f"--{name.replace('_', '-')}" for name in unread if getattr(args, name) not in (None, [])]:
+        read = "reads no text" if not needs else "takes no gradients"
+        raise UsageError(
+            f"{', '.join(given)} would change nothing: {args.method} with --allocate {args.allocate} {read}"
+        )

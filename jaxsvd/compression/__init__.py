@@ -133,6 +133,8 @@ def compress(
             f"{hidden} holds unfinished work: go on with --resume (resume=True), "
             "or start again with --force (force=True)"
         )
+    if gradient_tokens is not None and not WINDOW <= gradient_tokens <= tokens:
+        raise UsageError(f"gradient_tokens is {gradient_tokens}: expected {WINDOW} to the {tokens} of all tokens")
     if options.needs:
         windows, chosen = calibration_windows(folder, calibration, tokens, seed=seed)
     else:  # plain SVD looks at no text

@@ -580,7 +580,10 @@ def test_command(factored, tmp_path, capsys):
     assert cli.run("convert", [str(factored[0]), str(tmp_path / "b"), "-q", "--force"]) == 0
 
 
-def test_script_says_what_is_missing(factored, tmp_path, capsys):
+def test_script_says_what_is_missing(factored, llama, tmp_path, capsys):
     save_torch(tmp_path / "x.pt", read_tensors(factored[0]))
-    assert cli.main(["convert", str(tmp_path / "x.pt"), str(tmp_path / "target")]) == 2
+    given = ["convert", str(tmp_path / "x.pt"), str(tmp_path / "target")]
+    assert cli.main(given) == 2
     assert "--base" in capsys.readouterr().err
+    assert cli.main([*given, "--base", str(llama[0])]) == 0
+    check_logits(tmp_path / "target", llama[1], factored[1])

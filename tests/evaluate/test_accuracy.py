@@ -390,7 +390,7 @@ def test_every_flag_changes_what_it_says(low, worded, tmp_path, capfd):
     assert (base["subject"], base["reference"], base["passed"]) == (reference.REFERENCE, reference.REFERENCE, True)
     (tmp_path / "prompt").write_text("nation")
     rules = ("--tol", "all:0:0.1", "--tol", "7:0.5:0.2", "--divergence-tol", 0.3, "--projection-tol", 0.7)
-    found = check("-p", PROMPTS[0], "--prompt-file", tmp_path / "prompt", "--num-tokens", 3, *rules)
+    found = check("--prompt", PROMPTS[0], "--prompt-file", tmp_path / "prompt", "--num-tokens", 3, *rules)
     assert [row["prompt"] for row in found["prompts"]] == PROMPTS and found["num_tokens"] == 3
     assert [(row["k"], row["atol"], row["bound"]) for row in found["tolerances"]] == [
         ("7", 0.5, 0.2), ("all", 0, 0.1), ("divergence", None, 0.3)

@@ -2,9 +2,7 @@
 
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +13,6 @@ from jaxsvd import cli
 from jaxsvd.checkpoint.read import Checkpoint
 from jaxsvd.evaluate import Result, Row, perplexity, report
 from jaxsvd.tokenizer import Tokenizer
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments):
@@ -207,10 +203,3 @@ def test_every_model_is_opened_once_and_every_text_read_once_by_each(worded, low
     arguments = ["--text", texts[0], "--text", texts[1], "--window", 64, "--plot", tmp_path / "plot.png", "-q"]
     assert run(worded[0], "--compare", low, *arguments) == 0
     assert len(opened) == 2 and len(tokenized) == 2 * 2
-
-
-def test_the_script_is_a_door():
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "perplexity.py", "--help"], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0 and "--compare" in done.stdout
