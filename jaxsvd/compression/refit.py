@@ -4,7 +4,7 @@ With x a matrix's inputs in the dense model and x' those in the compressed one, 
 W* = (W·E[x·x'ᵀ] + λ·W)·(E[x'·x'ᵀ] + λ)⁻¹; its best factors are those in the metric of x'. The ridge λ pulls towards W,
 as few tokens would overfit. For the same reason a matrix that stays dense stays as it is where most is kept: W* would
 cost nothing, but was worse on text that it had not seen. Where little is kept, x' is so far from x that W* with a
-stronger ridge is better there too (docs/compression.md).
+stronger ridge is better there too, but among narrowed MLPs (docs/compression.md).
 """
 
 from collections.abc import Mapping
@@ -72,8 +72,8 @@ class Refit:
             product[:, kept] = smaller
             return {"weight": smaller}, product
         if path not in self._plan.ranks:
-            much_is_kept = self._plan.cost >= DENSE_BELOW * self._plan.dense_cost
-            if much_is_kept or not self._analysis.options.selects(path):
+            little_is_kept = self._plan.cost < DENSE_BELOW * self._plan.dense_cost
+            if not little_is_kept or self._plan.widths or not self._analysis.options.selects(path):
                 return {}, stored
             moved = _refitted(weight, crossed, squared, ridge=DENSE_RIDGE).astype(stored.dtype)
             return {"weight": moved}, moved

@@ -10,8 +10,9 @@ from scipy.linalg.blas import dgemm  # type: ignore[attr-defined]
 
 from jaxsvd.compression.methods import Metric, Moment
 
-# So much of the mean power is added to the moment of z, which is near-singular where neurons are alike.
-RIDGE = 1e-2
+# So much of the mean power is added to the moment of z, which is near-singular where neurons are alike: to find the
+# order, and more for the repair, which is to serve text that was not seen.
+RIDGE, REPAIR_RIDGE = 1e-2, 1e-1
 # Neurons that leave together: one at a time is a thousand passes over a matrix that does not fit the cache.
 STEPS = 128
 
@@ -60,13 +61,13 @@ def kept_neurons(order: np.ndarray, width: int) -> np.ndarray:
     return np.sort(order[len(order) - width :])
 
 
-def repaired(weight: np.ndarray, inputs: Moment, kept: np.ndarray) -> np.ndarray:
+def repaired(weight: np.ndarray, inputs: Moment, kept: np.ndarray, ridge: float = REPAIR_RIDGE) -> np.ndarray:
     """The down projection (hidden, k) of the kept neurons that comes nearest to the whole one's outputs."""
-    moment = ridged(inputs.matrix)
+    moment = ridged(inputs.matrix, ridge)
     cross = weight.astype(np.float64) @ moment[:, kept]
     return linalg.solve(moment[np.ix_(kept, kept)], cross.T, assume_a="pos").T
 
 
-def ridged(moment: np.ndarray) -> np.ndarray:
+def ridged(moment: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
     """A moment of which no direction is empty."""
-    return moment + RIDGE * np.trace(moment) / len(moment) * np.eye(len(moment))
+    return moment + ridge * np.trace(moment) / len(moment) * np.eye(len(moment))

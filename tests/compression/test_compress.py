@@ -140,6 +140,9 @@ def test_narrower_mlps_can_be_refitted(make, source, text):
     refitted = make(0.6, width=True, refit=True)
     assert refitted.plan.widths
     assert error_against(source, refitted.target, text) < error_against(source, make(0.6, width=True).target, text)
+    given, made = TensorFiles(source), TensorFiles(refitted.target)
+    dense = [name for name in made.entries if "self_attn" in name and name in given.entries]
+    assert all(np.array_equal(made.read(name), given.read(name)) for name in dense)
 
 
 @pytest.mark.parametrize("widths", [{"model.layers.0.mlp": 1000}, {"model.layers.9.mlp": 10}, {"mlp": 3}, [1], 5])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxsvd.compression.methods import Metric, Moment
-from jaxsvd.compression.width import kept_neurons, removal_order, repaired, ridged
+from jaxsvd.compression.width import RIDGE, kept_neurons, removal_order, repaired, ridged
 
 WIDTH, HIDDEN = 40, 12
 
@@ -22,7 +22,7 @@ def moment(z):
 
 def test_repair_is_least_squares(z, rng):
     weight, kept = rng.standard_normal((HIDDEN, WIDTH)), np.arange(5, 35)
-    found = repaired(weight, moment(z), kept)
+    found = repaired(weight, moment(z), kept, RIDGE)
     want = np.linalg.lstsq(z[:, kept], z @ weight.T, rcond=None)[0].T
 
     def error(smaller):
@@ -30,6 +30,7 @@ def test_repair_is_least_squares(z, rng):
 
     assert error(want) <= error(found) <= 1.01 * error(want) + 0.05 * np.square(z @ weight.T).sum()
     assert error(found) < 0.2 * error(weight[:, kept])
+    assert error(found) < error(repaired(weight, moment(z), kept)) < 0.5 * error(weight[:, kept])
 
 
 def test_neurons_that_others_can_replace_leave_first(z, rng):
@@ -52,7 +53,7 @@ def test_predicted_losses_are_those_after_repair(z, rng, diagonal):
     for width in (35, 25, 20, 10):
         kept = kept_neurons(order, width)
         smaller = np.zeros_like(weight)
-        smaller[:, kept] = repaired(weight, moment(z), kept)
+        smaller[:, kept] = repaired(weight, moment(z), kept, RIDGE)  # that of the prediction
         error = metric.times_left(weight - smaller)
         assert losses[width] == pytest.approx(np.vdot(error @ ridged(moment(z).matrix), error), rel=1e-6)
 
