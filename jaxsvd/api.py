@@ -289,18 +289,17 @@ def load(
     held = None if artifacts is None else artefacts.find(artifacts)
     if steps_per_dispatch is None:
         steps_per_dispatch = held.steps_per_dispatch if held else default_steps()
-    steps = steps_per_dispatch
     if held and buckets is None and max_length is None:
         lengths = held.buckets
     else:
         lengths = lengths_of(checkpoint.config, buckets, max_length)
     if held:
-        held.check(artefacts.identity(checkpoint, chosen, kernel, lengths, steps))
+        held.check(artefacts.identity(checkpoint, chosen, kernel, lengths, steps_per_dispatch))
     use_compilation_cache()
     name, total = f"loading {folder.name}", checkpoint.files.nbytes
     with bar(name, total, "B", progress, unit_scale=True, leave=False) as shown:
         built = checkpoint.load(kernel, chosen, shown.update)
-    engine = Engine(built, lengths, steps, held)
+    engine = Engine(built, lengths, steps_per_dispatch, held)
     jax.block_until_ready(engine.leaves)
     return LanguageModel(folder, checkpoint.config, engine, ends, time.perf_counter() - start)
 

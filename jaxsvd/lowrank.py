@@ -28,7 +28,7 @@ class Projections(nnx.Module):
         inputs: the width of x.
         outputs: the width of each member by its name, e.g. `{"q_proj": 2048, "k_proj": 512, "v_proj": 512}`.
         bias: whether the members have biases.
-        check: whether to compare the backend's kernel with XLA: not where the group only runs as a part of `gated`.
+        check: whether to compare the backend's kernel with XLA now: not where the whole of which it is a part does.
     """
 
     def __init__(
@@ -53,12 +53,16 @@ class Projections(nnx.Module):
         self.arrays = nnx.List([parameter(array, weights.place) for array in arrays])
         self.biases = nnx.List([parameter(offset) for _, offset in loaded if offset is not None])
         if check and not self.abstract:
-            backend.check(self.plan, self.values)
+            self.check()
 
     @property
     def values(self) -> list[jax.Array]:
         """The packed arrays."""
         return [array[...] for array in self.arrays]
+
+    def check(self) -> None:
+        """Compare the backend's kernel with XLA on these arrays. Raises JaxsvdError where the two disagree."""
+        self.backend.check(self.plan, self.values)
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         """x (…, inputs) to one (…, outputs) per member, in x's dtype."""
@@ -78,14 +82,28 @@ class GatedMLP(nnx.Module):
 
     def __init__(self, weights: Weights, backend: Backend, parent: str, hidden: int, inner: int, bias: bool) -> None:
         outputs = {"gate_proj": inner, "up_proj": inner}
-        self.gate_up = Projections(weights, backend, parent, hidden, outputs, bias, check=bias)
-        self.down = Projections(weights, backend, parent, inner, {"down_proj": hidden}, bias, check=bias)
-        if not bias and not self.down.abstract:
-            backend.check_mlp(self.gate_up.plan, self.down.plan, self.gate_up.values, self.down.values)
+        self.gate_up = Projections(weights, backend, parent, hidden, outputs, bias, check=False)
+        self.down = Projections(weights, backend, parent, inner, {"down_proj": hidden}, bias, check=False)
+        if not self.down.abstract:
+            self.check()
+
+    @property
+    def together(self) -> bool:
+        """Whether the backend takes both groups as one: where neither has biases."""
+        return not self.gate_up.biases and not self.down.biases
+
+    def check(self) -> None:
+        """As `Projections.check`: the two groups together, or apart, as they run."""
+        first, second = self.gate_up, self.down
+        if self.together:
+            first.backend.check_mlp(first.plan, second.plan, first.values, second.values)
+        else:
+            first.check()
+            second.check()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (…, hidden) to the same shape."""
-        if not self.gate_up.biases and not self.down.biases:
+        if self.together:
             first, second = self.gate_up, self.down
             return first.backend.mlp(first.plan, second.plan, x, first.values, second.values)
         gate, up = self.gate_up(x)

@@ -80,7 +80,7 @@ class Steps:
         """
         batch, bucket = tokens.shape
         cache = empty_cache(self.config, batch, bucket, self.dtype)
-        return self._prefill(leaves, tokens, lengths, cache, jnp.int32(0), output)
+        return self.extend(leaves, tokens, lengths, cache, jnp.int32(0), output=output)
 
     def grow(self, buffer: jax.Array, *, capacity: int) -> jax.Array:
         """The keys or values of a layer with room for `capacity` tokens a row.
@@ -104,17 +104,6 @@ class Steps:
 
         Returns as `prefill`; rows whose last token lies in another chunk get logits without meaning.
         """
-        return self._prefill(leaves, tokens, lengths, cache, start, output)
-
-    def _prefill(
-        self,
-        leaves: Sequence[jax.Array],
-        tokens: jax.Array,
-        lengths: jax.Array,
-        cache: KVCache,
-        start: jax.Array,
-        output: Output,
-    ) -> tuple[jax.Array, KVCache]:
         model = self._model(leaves)
         hidden, cache = model(tokens, cache, start)
         cache = KVCache(cache.keys, cache.values, lengths)

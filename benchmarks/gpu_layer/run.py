@@ -16,7 +16,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from kernel import BLOCK, Group, LayerShape, make_layer, plgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel import make_layer
+from shape import Group, LayerShape
+from stream import BLOCK
 
 QWEN3_4B = LayerShape(
     *(32, 8, 128, 1e-6, True),

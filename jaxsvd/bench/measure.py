@@ -235,7 +235,7 @@ def _summary(contender: Contender, work: Work, bandwidth: float, runs: list[Run]
     cached = rows * (work.prompt + work.new // 2)
     step_bytes = engine.step_bytes(cached)
     flops = formulas.prefill_flops(engine.config, contender.matrix_parameters, work.prompt, rows)
-    per_token = [1e3 * block / engine.steps_per_dispatch for run in runs for block in run.blocks]
+    per_token = token_ms(runs, engine.steps_per_dispatch)
     floor = formulas.floor_ms(step_bytes, bandwidth)
     return Measured(
         contender,
@@ -257,6 +257,11 @@ def _summary(contender: Contender, work: Work, bandwidth: float, runs: list[Run]
         compilation=compiled.seconds,
         runs=runs,
     )
+
+
+def token_ms(runs: Sequence[Run], steps: int) -> list[float]:
+    """The ms per token of every dispatch of `steps` tokens."""
+    return [1e3 * block / steps for run in runs for block in run.blocks]
 
 
 def _token_times(run: Run, steps: int, new: int) -> list[float]:

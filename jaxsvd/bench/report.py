@@ -8,7 +8,7 @@ from jaxsvd import api, plots
 from jaxsvd.bench import machine
 from jaxsvd.bench.formulas import Spread
 from jaxsvd.bench.machine import Bandwidth
-from jaxsvd.bench.measure import Comparison, Measured, compare
+from jaxsvd.bench.measure import Comparison, Measured, compare, token_ms
 
 # A batch size, measured: the model first, then those that it is compared with.
 Batch = Sequence[Measured]
@@ -184,9 +184,7 @@ def _speedup_json(found: Comparison) -> dict[str, Any]:
 def draw(batches: Sequence[Batch], path: Path) -> None:
     """Draw every sample, by batch size and model, and their medians. `plots.check` comes first."""
     panels = {
-        "decode, ms a token": lambda found: [
-            1e3 * block / found.contender.engine.steps_per_dispatch for run in found.runs for block in run.blocks
-        ],
+        "decode, ms a token": lambda found: token_ms(found.runs, found.contender.engine.steps_per_dispatch),
         "prefill, ms": lambda found: [1e3 * run.prefill for run in found.runs],
         "end to end, ms": lambda found: [1e3 * run.total for run in found.runs],
     }

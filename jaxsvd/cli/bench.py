@@ -93,6 +93,7 @@ def _contenders(args: argparse.Namespace) -> list["Contender"]:
     if args.random and args.artifacts:
         raise UsageError("--random makes a model here and --artifacts has one's steps: leave one of them out")
     options = {"dtype": args.dtype, "buckets": args.buckets, "max_length": args.max_length}
+    progress = False if args.quiet else None
     multiple = RANK_MULTIPLE if args.rank_multiple is None else args.rank_multiple
     found = []
     for backend in contenders.backends_of(args.backend):
@@ -103,8 +104,7 @@ def _contenders(args: argparse.Namespace) -> list["Contender"]:
             ]
             continue
         models = {"model": args.model} | ({"compare": args.compare} if args.compare else {})
-        options["progress"] = False if args.quiet else None
         for role, name in models.items():
             held = args.artifacts if not found else None  # an artefact is of one model, and of one backend
-            found.append(contenders.load(role, name, backend, artifacts=held, **options))
+            found.append(contenders.load(role, name, backend, progress=progress, artifacts=held, **options))
     return found

@@ -100,19 +100,18 @@ def _greedy(
     progress: Callable[[int], object],
 ) -> np.ndarray:
     api.use_compilation_cache()
-    found: list[np.ndarray] = []
+    found = []
 
-    def choose(_: int, logits: np.ndarray) -> np.ndarray:
-        found.append(logits.copy())
-        found[-1][:, ends] = -np.inf
-        progress(1)
-        return found[-1].argmax(axis=-1)
+    def endless(logits: np.ndarray) -> np.ndarray:
+        logits = logits.copy()
+        logits[:, ends] = -np.inf
+        return logits
 
     with _on_cpu():
         engine = Engine(checkpoint.load(kernels.choose("xla", "cpu"), jnp.float32))
-        for position, logits in enumerate(engine.follow(prompts, count, choose)):
-            if position + 1 == count:  # nothing is chosen behind the last
-                choose(position, logits)
+        for logits in engine.follow(prompts, count, lambda _, logits: endless(logits).argmax(axis=-1)):
+            found.append(endless(logits))
+            progress(1)
     return np.stack(found, axis=1)
 
 
