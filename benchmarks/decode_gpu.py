@@ -1,13 +1,16 @@
-"""Decode on an accelerator: a Qwen3-4B of random weights, dense and low-rank, through the engine, beside the floor.
+"""Decode on a GPU alone: models of random weights, through the engine's own steps, beside the floor.
 
-    python benchmarks/decode_gpu.py [--keep 0.8 0.5] [--batch 1 8] [--bandwidth 4.3e12] [--out FILE]
+    python benchmarks/decode_gpu.py [--bandwidth 4.3e12] [--out FILE]
 
-Times are ms per token over 128 tokens behind a prompt of 448: three runs, after one that compiles. JSON comes last.
+A step is run from a cache that is said to hold so many tokens, so nothing else is compiled: `scripts/bench.py --random`
+measures prefill and whole texts too. Times are ms per token over 128 tokens in dispatches of 8, which follow each other
+as in the engine: the median of five, after one. Prefill is that of one prompt. A JSON line per case.
 """
 
 import argparse
+import gc
 import json
-import sys
+import statistics
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -16,63 +19,87 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsvd import kernels
+from jaxsvd.bench.contenders import random
+from jaxsvd.cache import KVCache, empty_cache
 from jaxsvd.engine import Engine
-from jaxsvd.models import build
-from jaxsvd.named import CONFIGS
-from jaxsvd.sampling import per_row
-from jaxsvd.weights import RandomWeights, uniform_ranks
+from jaxsvd.sampling import SamplingParams, mode_of, sampler_of
 
-PROMPT, NEW = list(range(1, 449)), 128
-
-
-class RepeatedWeights(RandomWeights):
-    """Random values from one pool: drawing 4 billion would take longer than the measurement."""
-
-    pool = np.random.default_rng(0).standard_normal(40_000_000, np.float32)
-
-    def make(self, name, *shape):
-        values = np.resize(self.pool, shape)
-        scale = 1.0 if len(shape) == 1 else shape["embed" in name] ** -0.5
-        return (values * scale).astype(self.dtype)
+# (model, keep, backend): (rows, tokens in the cache, its capacity) of each decode, and prompts to prefill.
+CASES = [
+    (("qwen3-4b", 0.8, "gpu"), [(1, 512, 1024), (1, 8192, 8704), (8, 512, 1024)], [2048]),
+    (("qwen3-4b", 0.8, "xla"), [(1, 512, 1024), (8, 512, 1024)], [2048]),
+    (("qwen3-4b", None, "gpu"), [(1, 512, 1024)], [2048]),
+    (("qwen3-4b", None, "xla"), [(1, 512, 1024)], []),
+    (("qwen3-4b", 0.5, "gpu"), [(1, 512, 1024)], []),
+    (("llama-2-7b", 0.5, "gpu"), [(1, 512, 1024)], []),
+    (("llama-3.2-1b", 0.8, "gpu"), [(1, 512, 1024)], []),
+]
+DISPATCHES, RUNS = 16, 6
 
 
-def milliseconds(engine: Engine, batch: int) -> float:
-    blocks = engine.generate([PROMPT] * batch, per_row(batch), NEW + 1)
-    next(blocks)
-    start = time.perf_counter()
-    for _ in blocks:
-        pass
-    return (time.perf_counter() - start) / NEW * 1e3
+def decode(engine: Engine, batch: int, cached: int, capacity: int) -> dict:
+    rows = [SamplingParams()] * batch
+    sampler, mode = sampler_of(rows), mode_of(rows)
+
+    def start() -> tuple[KVCache, jax.Array]:
+        cache = empty_cache(engine.config, batch, capacity, engine.dtype)
+        lengths = jnp.full((batch,), cached, jnp.int32)
+        return jax.block_until_ready((KVCache(cache.keys, cache.values, lengths), jnp.zeros((batch,), jnp.int32)))
+
+    step = engine.compile(engine._decode_call(*start(), None, sampler, mode))
+    times = []
+    for _ in range(RUNS):
+        cache, token = start()
+        begin = time.perf_counter()
+        for _ in range(DISPATCHES):
+            _, cache, token, _ = step(engine.leaves, cache, token, None, sampler)
+        jax.block_until_ready(token)
+        times.append(1e3 * (time.perf_counter() - begin) / DISPATCHES / engine.steps_per_dispatch)
+    temporary = step.memory_analysis().temp_size_in_bytes
+    return {"batch": batch, "cached": cached, "ms": times[1:], "temporary_bytes": temporary}
+
+
+def prefill(engine: Engine, tokens: int) -> dict:
+    call = engine._prefill_call(np.ones((1, tokens), np.int32), np.array([tokens], np.int32), "last")
+    step = engine.compile(call)
+    times = []
+    for _ in range(RUNS):
+        begin = time.perf_counter()
+        jax.block_until_ready(step(*call.args))
+        times.append(1e3 * (time.perf_counter() - begin))
+    return {"prompt": tokens, "ms": times[1:], "temporary_bytes": step.memory_analysis().temp_size_in_bytes}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Decode a random Qwen3-4B on an accelerator.")
-    parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.5])
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
+    parser = argparse.ArgumentParser(description="Decode random models on a GPU.")
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes per second, for the floor")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
-    for keep in [None, *args.keep]:
-        ranks = uniform_ranks(keep, 128) if keep else None
-        model = build(CONFIGS["qwen3-4b"], RepeatedWeights(jnp.bfloat16, ranks), kernels.choose())
-        engine = Engine(model, steps_per_dispatch=16)
-        for batch in args.batch:
-            times = [milliseconds(engine, batch) for _ in range(4)][1:]
-            floor = engine.step_bytes(512 * batch) / args.bandwidth * 1e3
-            rows.append({"keep": keep, "batch": batch, "ms": times, "floor_ms": floor})
-            print(rows[-1], file=sys.stderr, flush=True)
-        del model, engine  # the next one needs the memory
-    result = {
-        "what": "ms per token, Qwen3-4B shape, random bfloat16 weights, XLA backend",
+    found = {
+        "what": "ms, random bfloat16 weights; floor: bytes of weights and cache that a step must read / bandwidth",
         "device": jax.local_devices()[0].device_kind,
         "versions": {name: version(name) for name in ("jax", "flax")},
-        "results": rows,
+        "bandwidth": args.bandwidth,
+        "results": [],
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    for (model, keep, backend), decodes, prompts in CASES:
+        engine = random("model", model, keep, 128, backend).engine
+        kind = {"model": model, "keep": keep, "backend": backend}
+        for batch, cached, capacity in decodes:
+            floor = 1e3 * engine.step_bytes(cached * batch) / args.bandwidth
+            found["results"].append(kind | decode(engine, batch, cached, capacity) | {"floor_ms": floor})
+            show(found["results"][-1])
+        for tokens in prompts:
+            found["results"].append(kind | prefill(engine, tokens))
+            show(found["results"][-1])
+        if args.out:  # what there is, should the machine be taken away
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
+        del engine
+        gc.collect()  # the next one needs the memory
+
+
+def show(row: dict) -> None:
+    print(json.dumps(row | {"ms": round(statistics.median(row["ms"]), 3)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ class KVCache:
     """Keys (after RoPE) and values, per layer (batch·kv_heads, capacity, head_dim); rows are left-aligned.
 
     `lengths` int32 (batch,) is the number of real tokens in each row. What lies behind it is never attended to.
+    A `stacked` cache has one array of keys and one of values, with a leading axis over the layers.
     """
 
     keys: list[jax.Array]
@@ -22,9 +23,22 @@ class KVCache:
     lengths: jax.Array
 
     @property
+    def is_stacked(self) -> bool:
+        """Whether it is one of `stacked`."""
+        return self.keys[0].ndim == 4
+
+    def stacked(self) -> "KVCache":
+        """The cache as a kernel takes it that runs all layers: a copy."""
+        return KVCache([jnp.stack(self.keys)], [jnp.stack(self.values)], self.lengths)
+
+    def apart(self) -> "KVCache":
+        """A stacked cache per layer again: a copy."""
+        return KVCache(list(self.keys[0]), list(self.values[0]), self.lengths)
+
+    @property
     def capacity(self) -> int:
         """The tokens that a row can hold."""
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[-2]
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:

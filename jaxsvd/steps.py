@@ -160,6 +160,7 @@ class Steps:
         Returns the tokens (batch, steps), the cache, the last token and `seen`.
         """
         model = self._model(leaves)
+        cache = cache.stacked() if model.is_stacked else cache
 
         def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
             cache, token, seen = carry
@@ -169,9 +170,10 @@ class Steps:
 
         if steps == 1:
             (cache, token, seen), tokens = step((cache, token, seen), None)
-            return tokens[:, None], cache, token, seen
-        (cache, token, seen), tokens = lax.scan(step, (cache, token, seen), length=steps)
-        return tokens.T, cache, token, seen
+            tokens = tokens[None]
+        else:
+            (cache, token, seen), tokens = lax.scan(step, (cache, token, seen), length=steps)
+        return tokens.T, cache.apart() if model.is_stacked else cache, token, seen
 
     def decode_logits(self, leaves: Sequence[jax.Array], cache: KVCache, token: jax.Array) -> tuple[jax.Array, KVCache]:
         """One step of `decode` without its choice: float32 logits (batch, vocab) behind `token`, and the cache."""

@@ -50,8 +50,7 @@ class Contender(NamedTuple):
     @property
     def matrix_parameters(self) -> int:
         """What its projections multiply each token with: no table of tokens, no norm."""
-        config, sizes = self.engine.config, [leaf.size for leaf in self.engine.leaves if leaf.ndim > 1]
-        return sum(sizes) - config.vocab_size * config.hidden_size * (1 if config.tied else 2)
+        return sum(array.size for array in self.engine.model.matrices)
 
     def dense_step_bytes(self, cached: int) -> int:
         """`Engine.step_bytes` of the dense model of this shape."""

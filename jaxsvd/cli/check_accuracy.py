@@ -38,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     tested = parser.add_argument_group("what is tested")
     tested.add_argument("--dtype", help="float32, bfloat16 or float16 (default: by platform)")
-    tested.add_argument("--backend", default="auto", help="auto (default), xla, neuron or neuron-emulated")
+    tested.add_argument("--backend", default="auto", help="auto (default), xla, gpu, neuron or neuron-emulated")
     tested.add_argument("--round-weights", metavar="DTYPE", help="round them to bfloat16 or float16, then compute")
     common.finish(parser, check_accuracy)
 

@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the text here; repeatable")
     parser.add_argument("--ignore-eos", action="store_true", help="run past the model's end-of-text token")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: by platform)")
-    parser.add_argument("--backend", default="auto", help="auto (default), xla, neuron or neuron-emulated")
+    parser.add_argument("--backend", default="auto", help="auto (default), xla, gpu, neuron or neuron-emulated")
     common.length_arguments(parser)
     parser.add_argument("--artifacts", metavar="DIR", help="take the steps that scripts/compile.py has compiled there")
     common.finish(parser, generate)

@@ -8,7 +8,7 @@ dots (`check`, at load). This package knows arrays only.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -50,12 +50,27 @@ def shape_of(matrix: Matrix) -> MatrixShape:
     return MatrixShape(matrix.u.shape[0], matrix.v.shape[1], matrix.u.shape[1])
 
 
+class Heads(NamedTuple):
+    """The attention of a layer. `normed`: whether the heads of q and k have norms; `eps` is that of all its norms."""
+
+    queries: int
+    keys: int
+    width: int
+    eps: float
+    normed: bool
+
+
 class Backend(Protocol):
     """One way of multiplying groups. Frozen and hashable: models keep it as a static attribute."""
 
     @property
     def name(self) -> str:
         """What `backend=` calls it."""
+        ...
+
+    @property
+    def fused(self) -> "Fused | None":
+        """What it can do besides, if it has a kernel for a whole model."""
         ...
 
     def plan(self, shapes: tuple[MatrixShape, ...]) -> Any:
@@ -95,15 +110,43 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS = ("auto", "xla", "neuron", "neuron-emulated")
+class Fused(Protocol):
+    """What a backend has that runs all layers in one kernel. Layers that are alike are then held stacked.
+
+    Other layers are made alike, where that costs little: their groups get one plan.
+    """
+
+    def common(self, plans: Sequence[Any]) -> Any | None:
+        """The plan that the groups of several layers can all have; None where there is none, or it would waste much."""
+        ...
+
+    def widen(self, plan: Any, arrays: Sequence[Any], wider: Any) -> list[Any]:
+        """The arrays of a group as another plan lays them out, one of `common`."""
+        ...
+
+    def decoder(
+        self, heads: Heads, plans: Sequence[Any], layers: int, capacity: int
+    ) -> Callable[..., jax.Array] | None:
+        """A kernel that takes one token of one row through `layers` layers alike, or None where it can't.
+
+        `plans` are those of q, k and v, of o, of gate and up, and of down. The kernel is called with x (hidden,), its
+        position () int32; cosines and sines, float32 (width/2,); and, stacked over the layers, the weights of the two
+        norms and of those of heads, the arrays of the groups, and references to keys and values (layers, keys,
+        capacity, width), which get the new token. It returns x (hidden,), float32.
+        """
+        ...
+
+
+BACKENDS = ("auto", "xla", "gpu", "neuron", "neuron-emulated")
 
 
 def choose(backend: str = "auto", platform: str | None = None) -> Backend:
     """The backend of that name, for a platform (default: JAX's own). XLA is the oracle of every other one.
 
     "auto" is Neuron's kernels on platform neuron where they can be called, and XLA everywhere else; "neuron-emulated"
-    runs these kernels in NumPy, slowly, on any platform but that. Raises UsageError for a name that there is no
-    backend for, and where "neuron" is asked for and can't be had.
+    runs these kernels in NumPy, slowly, on any platform but that. "gpu" is chosen by name only, as it is faster for one
+    row and slower for several. Raises UsageError for a name that there is no backend for, and where "gpu" or "neuron"
+    is asked for and can't be had.
     """
     if backend not in BACKENDS:
         raise UsageError(f"there is no backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -119,6 +162,14 @@ def choose(backend: str = "auto", platform: str | None = None) -> Backend:
         if backend == "neuron":
             raise UsageError(obstacle)
         logger.warning("XLA multiplies, not the kernels for Neuron: %s", obstacle)
+    if backend == "gpu":
+        from jaxsvd.kernels.gpu import GPU, obstacle
+
+        device = jax.local_devices()[0]
+        found = obstacle(device)
+        if found is not None:
+            raise UsageError(found)
+        return GPU(cores=device.core_count)
     from jaxsvd.kernels.xla import XLA
 
     return XLA(platform, len(os.sched_getaffinity(0)))

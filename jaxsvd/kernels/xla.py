@@ -5,19 +5,18 @@ low-rank member then has a dot with its V. What is chosen here is the storage or
 matrix-vector product per matrix and its speed is that of the walk through memory.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsvd.kernels import Dense, Factored, Matrix, MatrixShape
-
-RANK_MULTIPLE = 16  # ranks are padded to it with zeros, which is exact: odd widths cost more than the zeros do
+from jaxsvd.kernels import Dense, Factored, Fused, Matrix, MatrixShape
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,11 @@ class GroupPlan:
         """The first array, then the V of each low-rank member."""
         return (self.first.shape, *(stored.shape for stored in self.second if stored))
 
+    @property
+    def size(self) -> int:
+        """The elements of all arrays."""
+        return sum(map(math.prod, self.array_shapes))
+
 
 @dataclass(frozen=True)
 class XLA:
@@ -85,11 +89,19 @@ class XLA:
     platform: str
     cores: int = 1
     name: str = "xla"
+    # Ranks are padded to it with zeros, which is exact: odd widths cost more than the zeros do.
+    rank_multiple: ClassVar[int] = 16
+
+    @property
+    def fused(self) -> Fused | None:
+        """Nothing: XLA runs a layer after the other."""
+        return None
 
     def plan(self, shapes: tuple[MatrixShape, ...]) -> GroupPlan:
         """Choose the storage order of the group's arrays."""
         factored = any(shape.rank is not None for shape in shapes)
-        ranks = [None if shape.rank is None else -(-shape.rank // RANK_MULTIPLE) * RANK_MULTIPLE for shape in shapes]
+        step = self.rank_multiple
+        ranks = [None if shape.rank is None else -(-shape.rank // step) * step for shape in shapes]
         widths = tuple(rank or shape.outputs for rank, shape in zip(ranks, shapes, strict=True))
         first = self._stored(shapes[0].inputs, sum(widths), factored)
         second = tuple(

@@ -1,17 +1,20 @@
 """Llama (2 and 3.x) with factored projections (Touvron et al. 2023; Grattafiori et al. 2024)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from jaxsvd.attention import attend
 from jaxsvd.cache import KVCache, write
 from jaxsvd.config import ModelConfig
-from jaxsvd.kernels import Backend
+from jaxsvd.kernels import Backend, Heads
 from jaxsvd.layers import Embedding, RMSNorm, rope_angles, rotate
 from jaxsvd.lowrank import GatedMLP, Projections
+from jaxsvd.models.stack import Stack, alike
 from jaxsvd.weights import Weights
 
 
@@ -33,6 +36,11 @@ class Attention(nnx.Module):
         outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         self.qkv = Projections(weights, backend, path, config.hidden_size, outputs, config.attention_bias)
         self.o = Projections(weights, backend, path, queries, {"o_proj": config.hidden_size}, config.attention_bias)
+
+    @property
+    def head_norms(self) -> list[RMSNorm]:
+        """Those of the heads of q and k, which Llama has not."""
+        return []
 
     def normalise(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Llama leaves the heads as they are."""
@@ -71,6 +79,11 @@ class Layer(nnx.Module):
             weights, backend, f"{path}.mlp", config.hidden_size, config.intermediate_size, config.mlp_bias
         )
 
+    @property
+    def groups(self) -> list[Projections]:
+        """In the order of their use."""
+        return [self.self_attn.qkv, self.self_attn.o, self.mlp.gate_up, self.mlp.down]
+
     def __call__(
         self, x: jax.Array, keys: jax.Array, values: jax.Array, step: Step
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -88,9 +101,11 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, weights: Weights, backend: Backend) -> None:
         self.config = config
         self.embed_tokens = Embedding(weights, backend, "model.embed_tokens", config.vocab_size, config.hidden_size)
-        self.layers = nnx.List(
-            [self.layer(config.of_layer(i), weights, backend, f"model.layers.{i}") for i in range(config.num_layers)]
-        )
+        layers = [
+            self.layer(config.of_layer(i), weights, backend, f"model.layers.{i}") for i in range(config.num_layers)
+        ]
+        fused = backend.fused is not None and alike(layers)
+        self.layers: Stack | nnx.List[Layer] = Stack(layers) if fused else nnx.List(layers)
         self.norm = RMSNorm(weights, "model.norm", config.hidden_size, config.rms_norm_eps)
         if not config.tied:
             self.lm_head = Embedding(weights, backend, "lm_head", config.vocab_size, config.hidden_size)
@@ -110,10 +125,64 @@ class Llama(nnx.Module):
         angles = rope_angles(positions, self.config.rope, self.config.head_dim)
         step = Step(start, positions, *angles)
         x = self.embed_tokens(tokens)
+        if isinstance(self.layers, Stack):
+            x, cache = self._stacked(self.layers, x, cache, step)
+            return self.norm(x), cache
         keys, values = list(cache.keys), list(cache.values)
         for i, layer in enumerate(self.layers):
             x, keys[i], values[i] = layer(x, keys[i], values[i], step)
         return self.norm(x), KVCache(keys, values, cache.lengths)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the layers are one stack, so that the cache is best stacked too while many steps are made."""
+        return isinstance(self.layers, Stack)
+
+    def _stacked(self, layers: Stack, x: jax.Array, cache: KVCache, step: Step) -> tuple[jax.Array, KVCache]:
+        """x through all layers: one token of one row in the backend's kernel if it has one, else layer by layer."""
+        if not cache.is_stacked:
+            x, cache = self._stacked(layers, x, cache.stacked(), step)
+            return x, cache.apart()
+        (keys,), (values,) = cache.keys, cache.values
+        run = self.decoder(x.shape[0], cache.capacity) if x.shape[1] == 1 else None
+        if run is not None:
+            layer = layers.whole
+            norms = [layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.head_norms]
+            arrays = [norm.weight[...] for norm in norms] + [array for group in layer.groups for array in group.values]
+            caches = jax.new_ref(keys), jax.new_ref(values)
+            y = run(x[0, 0], step.positions[0, 0], step.cosines[0, 0, 0], step.sines[0, 0, 0], *arrays, *caches)
+            return y.astype(x.dtype)[None, None], KVCache([caches[0][...]], [caches[1][...]], cache.lengths)
+
+        # A loop, as XLA would tune and compile each layer's slices of the stack apart.
+        def through(x: jax.Array, given: tuple) -> tuple[jax.Array, tuple]:
+            leaves, keys, values = given
+            x, keys, values = layers.merge(leaves)(x, keys, values, step)
+            return x, (keys, values)
+
+        x, (keys, values) = lax.scan(through, x, (layers.leaves, keys, values))
+        return x, KVCache([keys], [values], cache.lengths)
+
+    def decoder(self, batch: int, capacity: int) -> Callable[..., jax.Array] | None:
+        """The backend's kernel that takes one token through all layers, or None where there is none for such a batch.
+
+        It wants layers that are alike and without biases, and bfloat16.
+        """
+        if not isinstance(self.layers, Stack) or batch != 1:
+            return None
+        layer = self.layers.whole
+        if self.embed_tokens.weight.dtype != jnp.bfloat16 or any(group.biases for group in layer.groups):
+            return None
+        attention = layer.self_attn
+        normed = bool(attention.head_norms)
+        heads = Heads(attention.heads, attention.kv_heads, attention.head_dim, layer.input_layernorm.eps, normed)
+        plans = [group.plan for group in layer.groups]
+        return attention.o.backend.fused.decoder(heads, plans, len(self.layers), capacity)
+
+    @property
+    def matrices(self) -> list[jax.Array]:
+        """The arrays of all projections, as they lie on the device."""
+        layers = [self.layers.whole] if isinstance(self.layers, Stack) else self.layers
+        return [array for layer in layers for group in layer.groups for array in group.values]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (…, hidden) to float32 logits (…, vocab)."""

@@ -17,6 +17,11 @@ class Attention(llama.Attention):
         self.q_norm = RMSNorm(weights, f"{path}.q_norm", config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(weights, f"{path}.k_norm", config.head_dim, config.rms_norm_eps)
 
+    @property
+    def head_norms(self) -> list[RMSNorm]:
+        """Those of the heads of q and k."""
+        return [self.q_norm, self.k_norm]
+
     def normalise(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Heads (batch, tokens, heads, head_dim), each normed by itself."""
         return self.q_norm(q), self.k_norm(k)

@@ -46,6 +46,10 @@ class Neuron:
     _checked: set[tuple[tuple[GroupPlan, ...], str]] = field(default_factory=set, compare=False, repr=False)
 
     @property
+    def fused(self) -> None:
+        """Nothing: a kernel takes a group or an MLP."""
+
+    @property
     def name(self) -> str:
         """What `backend=` calls it."""
         return "neuron" if self.how == "device" else f"neuron-{self.how}"

@@ -1,0 +1,239 @@
+"""Matrix-vector products whose weights are streamed through shared memory.
+
+One warpgroup of a block does nothing but copy tiles of weights into a ring, by TMA and as far ahead as the ring has
+room, across products and layers. Another multiplies them with x, which
+lies in shared memory too, on tensor cores: not for their speed, but as one instruction then does what eighteen did.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxsvd.kernels.gpu import ptx
+from jaxsvd.kernels.gpu.shape import SPAN, roomy, slots
+
+ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
+SLOTS = 10  # of (ROWS, SPAN) in the ring
+SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add up
+# How a tile lies in shared memory: rows of 128 bytes whose order avoids bank conflicts.
+TRANSFORMS = (plgpu.TilingTransform((ROWS, 64)), plgpu.SwizzleTransform(128))
+
+# How four warps hold a tile: of every 128 inputs 32 each, 16 bytes to a thread, as mma wants its B.
+TILE = plgpu.Layout.TILED(
+    plgpu.Tiling(((ROWS, 128), (ROWS, 32), (8,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
+)
+INPUTS = TILE.reduce((0,))
+# What mma gives: the sums (4, ROWS) of the warps, two in a thread.
+PARTIAL = plgpu.Layout.TILED(
+    plgpu.Tiling(((4, 8, ROWS), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
+).reduce((1,))
+SUMS = PARTIAL.reduce((0,))
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """Read a reference into registers in a layout; from global memory too, where rows may be narrow."""
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg] (jax 0.10 wants an index)
+
+
+def strided(vector: int) -> Any:
+    """How a warpgroup holds (n,), `vector` neighbours to a thread."""
+    tiling = plgpu.Tiling(((128 * vector,), (32 * vector,), (vector,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+@dataclass(frozen=True)
+class X:
+    """What the products of a phase read: elements [start, start + width), with RMSNorm where there is a `gain`.
+
+    `ref` is bfloat16 without a norm and float32 with one. It and `gain` are read in whole slots.
+    """
+
+    ref: Any
+    start: int
+    width: int
+    gain: Any = None
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Rows of a weight (n, inputs) from `row` on, which meet elements [x, x + inputs) of the phase's x."""
+
+    weight: Any
+    inputs: int
+    row: int = 0
+    x: int = 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """`rows` rows of each member, ROWS at a time.
+
+    `early(row)` is run before a tile's products, for loads that they hide, and `store(row, sums, its result)` behind.
+    """
+
+    rows: int
+    members: Sequence[Streamed]
+    store: Callable[[jax.Array, list[jax.Array], Any], None]
+    early: Callable[[jax.Array], Any] = lambda row: None
+
+    @property
+    def count(self) -> int:
+        """How many tiles of all blocks."""
+        return self.rows // ROWS
+
+    @property
+    def slots(self) -> int:
+        """Of one tile."""
+        return sum(slots(member.inputs) for member in self.members)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Products that read one x and need no meeting of the blocks between them."""
+
+    x: X
+    tiles: Sequence[Tiles]
+
+    @property
+    def reach(self) -> int:
+        """Up to which element x may be multiplied with something, if only with zeros."""
+        ends = [member.x + roomy(member.inputs) for tiles in self.tiles for member in tiles.members]
+        return roomy(max(self.x.width, *ends))
+
+
+class Stream:
+    """A block's ring: `fill` runs in the warpgroup that copies, `multiply` in the other.
+
+    Both walk the same tiles in the same order, and count the slots that they have used.
+    """
+
+    def __init__(self, block: jax.Array, blocks: int, scratch: Sequence[Any], interpret: bool) -> None:
+        self._block, self._blocks, self._interpret = block, blocks, interpret
+        self._ring, self._held, self._full, self._empty, self._together = scratch
+
+    @staticmethod
+    def scratch(phases: Sequence[Phase]) -> list[Any]:
+        """What a block needs in shared memory."""
+        return [
+            plgpu.SMEM((SLOTS, ROWS, SPAN), jnp.bfloat16, transforms=TRANSFORMS),
+            plgpu.SMEM((max(phase.reach for phase in phases),), jnp.bfloat16),
+            plgpu.Barrier(num_barriers=SLOTS),
+            plgpu.Barrier(num_barriers=SLOTS),
+            plgpu.Barrier(),
+        ]
+
+    def _deal(self, phases: Sequence[Phase]) -> list[list[tuple[Tiles, jax.Array, jax.Array]]]:
+        """For each phase its tiles, this block's first one of them, and how many it has.
+
+        Each deal begins with the block where the one before ended, which evens out the remainders.
+        """
+        shift, deals = 0, []
+        for phase in phases:
+            deals.append([])
+            for tiles in phase.tiles:
+                first = lax.rem(self._block + (self._blocks - shift), self._blocks)
+                share = lax.div(tiles.count - first + (self._blocks - 1), self._blocks)
+                deals[-1].append((tiles, first, share))
+                shift = (shift + tiles.count) % self._blocks
+        return deals
+
+    def _row(self, first: jax.Array, i: jax.Array) -> jax.Array:
+        return (first + i * self._blocks) * ROWS
+
+    def fill(self, count: jax.Array, layer: jax.Array, phases: Sequence[Phase]) -> jax.Array:
+        """Copy this block's tiles of a layer, in order, each as soon as there is room; the count behind them."""
+        for deal in self._deal(phases):
+            for tiles, first, share in deal:
+
+                def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, first: Any = first) -> jax.Array:
+                    for member in tiles.members:
+                        rows = pl.ds(self._row(first, i) + member.row, ROWS)
+
+                        def copy(part: jax.Array, count: jax.Array, member: Any = member, rows: Any = rows) -> Any:
+                            slot = lax.rem(count, SLOTS)
+
+                            @pl.when(count >= SLOTS)
+                            def wait() -> None:
+                                plgpu.barrier_wait(self._empty.at[slot])
+
+                            # The last slot may reach over the edge, where the copy reads zeros.
+                            source = member.weight.at[layer, rows, pl.ds(part * SPAN, SPAN)]
+                            plgpu.copy_gmem_to_smem(source, self._ring.at[slot], self._full.at[slot])
+                            return count + 1
+
+                        count = lax.fori_loop(0, slots(member.inputs), copy, count)
+                    return count
+
+                count = lax.fori_loop(0, share, tile, count)
+        return count
+
+    def drain(self, count: jax.Array) -> None:
+        """Wait until all that was copied has been used: no block may end before."""
+
+        def wait(i: jax.Array, _: None) -> None:
+            plgpu.barrier_wait(self._empty.at[lax.rem(i, SLOTS)])
+
+        lax.fori_loop(jnp.maximum(count - SLOTS, 0), count, wait, None)
+
+    def hold(self, layer: jax.Array, phase: Phase) -> None:
+        """Put a phase's x into shared memory, bfloat16, zeros behind its end. All have left the one before."""
+        x = phase.x
+        vector = min(SPAN // 128, 8 if x.gain is None else 4)  # up to 16 bytes
+        size = -(-x.width // (128 * vector)) * 128 * vector
+        layout = strided(vector)
+        values = load(x.ref.at[pl.ds(x.start, size)], layout)
+        if size > x.width:
+            inside = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) < x.width
+            values = jnp.where(inside, values, jnp.zeros((), values.dtype))
+        if x.gain is not None:
+            scale = lax.rsqrt(jnp.sum(values * values) / x.width + x.eps)
+            gain = load(x.gain.at[layer, pl.ds(0, size)], layout).astype(jnp.float32)
+            values = (values * scale * gain).astype(jnp.bfloat16)
+        self._held.at[pl.ds(0, size)][...] = values
+        if phase.reach > size:
+            rest = phase.reach - size
+            nothing = plgpu.layout_cast(jnp.zeros((rest,), jnp.bfloat16), strided(4))
+            self._held.at[pl.ds(size, rest)][...] = nothing
+        plgpu.barrier_arrive(self._together)
+        plgpu.barrier_wait(self._together)
+
+    def multiply(self, count: jax.Array, phases: Sequence[Phase], number: int) -> jax.Array:
+        """This block's tiles of phase `number` times the x that is held; the count behind them."""
+        for tiles, first, share in self._deal(phases)[number]:
+
+            def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, first: Any = first) -> jax.Array:
+                row = self._row(first, i)
+                early, sums = tiles.early(row), []
+                for member in tiles.members:
+                    sums.append(self._product(count, member))
+                    count = count + slots(member.inputs)
+                tiles.store(row, sums, early)
+                return count
+
+            count = lax.fori_loop(0, share, tile, count)
+        return count
+
+    def _product(self, count: jax.Array, member: Streamed) -> jax.Array:
+        """The sums (ROWS,) of a tile whose slots begin at `count`."""
+
+        def add(part: jax.Array, sums: jax.Array) -> jax.Array:
+            slot = lax.rem(count + part, SLOTS)
+            plgpu.barrier_wait(self._full.at[slot])
+            weights = load(self._ring.at[slot], TILE)
+            x = load(self._held.at[pl.ds(member.x + part * SPAN, SPAN)], INPUTS)
+            plgpu.barrier_arrive(self._empty.at[slot])
+            if not self._interpret:
+                return ptx.multiply(sums, weights, x, (PARTIAL, TILE, INPUTS))
+            shape = (ROWS, SPAN // 128, 4, 32)  # the same as PTX does
+            pieces = weights.astype(jnp.float32).reshape(shape) * x.astype(jnp.float32).reshape(shape[1:])
+            return sums + pieces.sum((1, 3)).T
+
+        none = plgpu.layout_cast(jnp.zeros((4, ROWS), jnp.float32), PARTIAL)
+        return jnp.sum(lax.fori_loop(0, slots(member.inputs), add, none), axis=0)

@@ -1,0 +1,180 @@
+"""The backend for GPUs: its kernel on such a GPU where there is one, else in Pallas' interpreter; and its stacks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsvd import kernels
+from jaxsvd.cache import KVCache
+from jaxsvd.config import ModelConfig
+from jaxsvd.engine import Engine
+from jaxsvd.kernels.gpu import GPU, JAX, obstacle
+from jaxsvd.kernels.xla import XLA
+from jaxsvd.models import build
+from jaxsvd.models.stack import Stack
+from jaxsvd.sampling import SamplingParams
+from jaxsvd.weights import RandomWeights
+
+kernel = pytest.mark.skipif(jax.__version_info__ < JAX, reason="the kernel is written for jax 0.11")
+
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 192,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+CONFIGS = {
+    "llama": {"model_type": "llama", "head_dim": 64, "num_key_value_heads": 4},
+    "qwen3": {"model_type": "qwen3", "head_dim": 128},
+}
+# Ranks of the projections that are not dense.
+RANKS = {
+    "dense": {},
+    "low-rank": {"q": 100, "k": 64, "v": 30, "o": 64, "gate": 64, "up": 100, "down": 128},
+    "mixed": {"k": 64, "up": 40, "down": 7},  # members of one group dense and low-rank, in either order
+    "mixed-again": {"q": 64, "v": 64, "gate": 64},
+}
+
+
+def gpu() -> GPU:
+    """The backend, interpreted where there is no such GPU."""
+    device = jax.local_devices()[0]
+    if obstacle(device) is None:
+        return GPU(cores=device.core_count)
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return GPU(cores=1, interpret=plgpu.InterpretGPUParams() if jax.__version_info__ >= JAX else None)
+
+
+def engine_of(architecture, ranks, backend, dtype=jnp.bfloat16, layers=2):
+    """An engine of random weights, which are the same for every backend and dtype."""
+    config = ModelConfig.from_hf(COMMON | CONFIGS[architecture] | {"num_hidden_layers": layers})
+
+    class Rounded(RandomWeights):
+        def make(self, name, *shape):
+            return super().make(name, *shape).astype(jnp.bfloat16).astype(self.dtype)
+
+    def rank(path, inputs, outputs):
+        return RANKS[ranks].get(path.rpartition(".")[2].removesuffix("_proj"))
+
+    return Engine(build(config, Rounded(dtype, rank), backend), steps_per_dispatch=3)
+
+
+def followed(engine, prompt, forced):
+    """The logits behind a prompt and behind each token of a forced text."""
+    return np.concatenate(list(engine.follow([prompt], len(forced), lambda i, _: [forced[i]])))
+
+
+def distance(actual, expected):
+    """Relative, of all logits of a decoded token."""
+    return np.linalg.norm(actual[1:] - expected[1:]) / np.linalg.norm(expected[1:])
+
+
+@kernel
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_logits(architecture, ranks, rng):
+    prompt, forced = rng.integers(0, 128, 21).tolist(), rng.integers(0, 128, 6).tolist()
+    engine = engine_of(architecture, ranks, gpu())
+    assert engine.model.decoder(1, 128) is not None
+    exact = followed(engine_of(architecture, ranks, XLA("cpu"), jnp.float32), prompt, forced)
+    plain = followed(engine_of(architecture, ranks, XLA("cpu")), prompt, forced)
+    found = followed(engine, prompt, forced)
+    assert distance(found, exact) < 1.2 * distance(plain, exact)
+
+
+@kernel
+def test_generation_goes_on_across_dispatches_and_longer_caches(rng):
+    prompt = rng.integers(0, 128, 126).tolist()
+    texts = [
+        np.concatenate(list(engine_of("qwen3", "low-rank", backend).generate([prompt], [SamplingParams()], 8)), axis=1)
+        for backend in (gpu(), XLA("cpu"))
+    ]
+    assert texts[0].shape == (1, 8)
+    np.testing.assert_array_equal(*texts)
+
+
+@kernel
+@pytest.mark.parametrize("position", [0, 1, 15, 16, 17, 255, 300])
+def test_positions(position, rng):
+    """Whatever part of the cache is there, and beside it numbers that are not to be read."""
+    engine = engine_of("qwen3", "low-rank", gpu())
+    exact = engine_of("qwen3", "low-rank", XLA("cpu"), jnp.float32)
+    size = (2, 512, 128)
+    values = rng.standard_normal((4, *size)).astype(jnp.bfloat16)
+    values[:, :, position:] = 1e4
+    logits, caches = [], []
+    for one in (engine, exact):
+        keys_values = [jnp.asarray(value, one.dtype) for value in values]
+        cache = KVCache(keys_values[:2], keys_values[2:], jnp.array([position], jnp.int32))
+        found, cache = jax.jit(one.decode_logits)(one.leaves, cache, jnp.array([5], jnp.int32))
+        logits.append(np.asarray(found))
+        caches.append(np.asarray([*cache.keys, *cache.values], np.float32))
+        assert cache.lengths == position + 1
+    assert np.linalg.norm(logits[0] - logits[1]) < 2e-2 * np.linalg.norm(logits[1])
+    # The new token is in the cache, and nothing else has changed.
+    written = np.s_[:, :, position]
+    assert np.linalg.norm(caches[0][written] - caches[1][written]) < 2e-2 * np.linalg.norm(caches[1][written])
+    untouched = np.arange(512) != position
+    np.testing.assert_array_equal(caches[0][:, :, untouched], values.astype(np.float32)[:, :, untouched])
+
+
+@kernel
+def test_one_layer(rng):
+    prompt, forced = rng.integers(0, 128, 9).tolist(), [1, 2]
+    engines = [engine_of("llama", "low-rank", backend, layers=1) for backend in (gpu(), XLA("cpu"))]
+    assert distance(*(followed(engine, prompt, forced) for engine in engines)) < 2e-2
+
+
+def test_what_the_kernel_does_not_take_is_left_to_xla():
+    """Several rows, other dtypes, odd caches."""
+    model = engine_of("qwen3", "low-rank", gpu()).model
+    assert isinstance(model.layers, Stack)
+    assert model.decoder(2, 128) is None
+    assert model.decoder(1, 120) is None
+    assert engine_of("qwen3", "low-rank", gpu(), jnp.float32).model.decoder(1, 128) is None
+
+
+@pytest.mark.parametrize("ranks", ["dense", "low-rank", "mixed"])
+def test_stacked_layers_run_as_others(ranks, rng):
+    prompts = [rng.integers(0, 128, length).tolist() for length in (5, 21)]
+    stacked, apart = (engine_of("qwen3", ranks, backend, jnp.float32) for backend in (gpu(), XLA("cpu")))
+    np.testing.assert_allclose(stacked.logits(prompts), apart.logits(prompts), atol=1e-4)
+    rows = [SamplingParams()] * 2
+    texts = [np.concatenate(list(engine.generate(prompts, rows, 8)), axis=1) for engine in (stacked, apart)]
+    np.testing.assert_array_equal(*texts)
+
+
+def test_layers_whose_ranks_differ_a_little_are_widened(rng):
+    def rank(path, *_):
+        return 192 if ".1." in path and "down" not in path else 128
+
+    config = ModelConfig.from_hf(COMMON | CONFIGS["qwen3"])
+    models = [build(config, RandomWeights(jnp.float32, rank), backend) for backend in (gpu(), XLA("cpu"))]
+    assert isinstance(models[0].layers, Stack)
+    assert [group.plan.widths for group in models[0].layers[0].groups] == [(192, 192, 192), (192,), (192, 192), (128,)]
+    prompt = rng.integers(0, 128, 9).tolist()
+    logits = [Engine(model).logits([prompt]) for model in models]
+    np.testing.assert_allclose(*logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rank", [lambda path, *_: 64 if ".1." in path else None, lambda path, *_: 64 * (1 + 4 * (".1." in path))]
+)
+def test_layers_that_differ_much_are_not_stacked(rank):
+    model = build(ModelConfig.from_hf(COMMON | CONFIGS["qwen3"]), RandomWeights(jnp.float32, rank), gpu())
+    assert not isinstance(model.layers, Stack)
+    assert model.decoder(1, 128) is None
+
+
+def test_choice():
+    if obstacle(jax.local_devices()[0]) is None:
+        assert kernels.choose("gpu").name == "gpu"
+    else:
+        with pytest.raises(kernels.UsageError, match=r"compute capability 9\.0"):
+            kernels.choose("gpu")
