@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsvd.bench.contenders import random
-from jaxsvd.cache import KVCache, empty_cache
+from jaxsvd.cache import KVCache
 from jaxsvd.engine import Engine
 from jaxsvd.sampling import SamplingParams, mode_of, sampler_of
 
@@ -42,7 +42,7 @@ def decode(engine: Engine, batch: int, cached: int, capacity: int) -> dict:
     sampler, mode = sampler_of(rows), mode_of(rows)
 
     def start() -> tuple[KVCache, jax.Array]:
-        cache = empty_cache(engine.config, batch, capacity, engine.dtype)
+        cache = engine.empty_cache(batch, capacity)
         lengths = jnp.full((batch,), cached, jnp.int32)
         return jax.block_until_ready((KVCache(cache.keys, cache.values, lengths), jnp.zeros((batch,), jnp.int32)))
 

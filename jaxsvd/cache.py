@@ -1,4 +1,4 @@
-"""The key-value cache: per-layer lists, functional, donated in every step."""
+"""The key-value cache: lists of buffers, functional, donated in every step."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,9 @@ from jaxsvd.config import ModelConfig
 class KVCache:
     """Keys (after RoPE) and values, per layer (batch·kv_heads, capacity, head_dim); rows are left-aligned.
 
-    `lengths` int32 (batch,) is the number of real tokens in each row. What lies behind it is never attended to.
-    A `stacked` cache has one array of keys and one of values, with a leading axis over the layers.
+    Of a model whose layers are one stack there is one array of keys and one of values, with an axis over the layers
+    before the others. `lengths` int32 (batch,) is the number of real tokens in each row. What lies behind it is never
+    attended to.
     """
 
     keys: list[jax.Array]
@@ -23,29 +24,17 @@ class KVCache:
     lengths: jax.Array
 
     @property
-    def is_stacked(self) -> bool:
-        """Whether it is one of `stacked`."""
-        return self.keys[0].ndim == 4
-
-    def stacked(self) -> "KVCache":
-        """The cache as a kernel takes it that runs all layers: a copy."""
-        return KVCache([jnp.stack(self.keys)], [jnp.stack(self.values)], self.lengths)
-
-    def apart(self) -> "KVCache":
-        """A stacked cache per layer again: a copy."""
-        return KVCache(list(self.keys[0]), list(self.values[0]), self.lengths)
-
-    @property
     def capacity(self) -> int:
         """The tokens that a row can hold."""
         return self.keys[0].shape[-2]
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """A cache of zeros."""
-    shape = (batch * config.num_kv_heads, capacity, config.head_dim)
-    zeros = [jnp.zeros(shape, dtype) for _ in range(2 * config.num_layers)]
-    return KVCache(zeros[: config.num_layers], zeros[config.num_layers :], jnp.zeros((batch,), jnp.int32))
+def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, stacked: bool = False) -> KVCache:
+    """A cache of zeros, `stacked` for a model whose layers are."""
+    layers, shape = config.num_layers, (batch * config.num_kv_heads, capacity, config.head_dim)
+    count, shape = (1, (layers, *shape)) if stacked else (layers, shape)
+    keys, values = ([jnp.zeros(shape, dtype) for _ in range(count)] for _ in range(2))
+    return KVCache(keys, values, jnp.zeros((batch,), jnp.int32))
 
 
 def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsvd.buckets import Buckets, buckets
-from jaxsvd.cache import KVCache, empty_cache
+from jaxsvd.cache import KVCache
 from jaxsvd.errors import JaxsvdError, UsageError
 from jaxsvd.models.llama import Llama
 from jaxsvd.sampling import NOT_FINITE, PROMPT, Mode, Sampler, SamplingParams, mode_of, sampler_of
@@ -83,7 +83,7 @@ class Engine(Steps):
         self.held = held
         self.compiled: list[Compiled] = []
         self._steps: dict[tuple, Callable] = {}
-        self._any_cache = KVCache([0] * self.config.num_layers, [0] * self.config.num_layers, 0)  # type: ignore[arg-type]
+        self._any_cache = jax.tree.map(lambda _: 0, jax.eval_shape(lambda: self.empty_cache(1, 1)))
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits of every token of every prompt, float32 (batch, longest, vocab); zeros behind a shorter row's end."""
@@ -188,7 +188,7 @@ class Engine(Steps):
             return jax.ShapeDtypeStruct(shape, dtype)
 
         def cache_of(capacity: int) -> KVCache:
-            return jax.eval_shape(lambda: empty_cache(self.config, batch, capacity, self.dtype))
+            return jax.eval_shape(lambda: self.empty_cache(batch, capacity))
 
         vocab = self.config.vocab_size
         lengths, logits = shaped(batch), shaped(batch, vocab, dtype=jnp.float32)
@@ -225,7 +225,7 @@ class Engine(Steps):
         return Call("select", self.select, (inside, new, old))
 
     def _grow_call(self, buffer: Any, capacity: int) -> Call:
-        return Call(f"cache {capacity} of {buffer.shape[1]}", self.grow, (buffer,), static={"capacity": capacity})
+        return Call(f"cache {capacity} of {buffer.shape[-2]}", self.grow, (buffer,), static={"capacity": capacity})
 
     def _first_call(self, logits: Any, sampler: Sampler, lengths: Any, seen: Any, mode: Mode) -> Call:
         return Call("first token", self.first, (logits, sampler, lengths, seen), (3,), {"mode": mode}, (0, seen))

@@ -54,6 +54,7 @@ class Steps:
     def __init__(self, model: Llama) -> None:
         self.config = model.config
         self.dtype = jnp.dtype(model.embed_tokens.weight.dtype)
+        self._stacked = model.is_stacked
         self._graph, state = nnx.split(model)
         self.leaves, self._tree = jax.tree.flatten(state)
 
@@ -64,6 +65,10 @@ class Steps:
     def model(self) -> Llama:
         """The model itself, of the engine's own leaves."""
         return self._model(self.leaves)
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache of zeros for this model, of `capacity` tokens a row."""
+        return empty_cache(self.config, batch, capacity, self.dtype, self._stacked)
 
     def prefill(
         self,
@@ -79,16 +84,16 @@ class Steps:
         "hidden" states (batch, bucket, hidden) for `score_tokens`; and the cache.
         """
         batch, bucket = tokens.shape
-        cache = empty_cache(self.config, batch, bucket, self.dtype)
+        cache = self.empty_cache(batch, bucket)
         return self.extend(leaves, tokens, lengths, cache, jnp.int32(0), output=output)
 
     def grow(self, buffer: jax.Array, *, capacity: int) -> jax.Array:
-        """The keys or values of a layer with room for `capacity` tokens a row.
+        """The keys or values of a layer, or of a stack, with room for `capacity` tokens a row.
 
         A step of its own, so that prefill depends on the bucket alone; and of one layer, as memory then holds both the
         old and the new buffer of one layer only.
         """
-        return jnp.pad(buffer, ((0, 0), (0, capacity - buffer.shape[1]), (0, 0)))
+        return jnp.pad(buffer, [(0, 0)] * (buffer.ndim - 2) + [(0, capacity - buffer.shape[-2]), (0, 0)])
 
     def extend(
         self,
@@ -160,7 +165,6 @@ class Steps:
         Returns the tokens (batch, steps), the cache, the last token and `seen`.
         """
         model = self._model(leaves)
-        cache = cache.stacked() if model.is_stacked else cache
 
         def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
             cache, token, seen = carry
@@ -173,7 +177,7 @@ class Steps:
             tokens = tokens[None]
         else:
             (cache, token, seen), tokens = lax.scan(step, (cache, token, seen), length=steps)
-        return tokens.T, cache.apart() if model.is_stacked else cache, token, seen
+        return tokens.T, cache, token, seen
 
     def decode_logits(self, leaves: Sequence[jax.Array], cache: KVCache, token: jax.Array) -> tuple[jax.Array, KVCache]:
         """One step of `decode` without its choice: float32 logits (batch, vocab) behind `token`, and the cache."""

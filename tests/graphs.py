@@ -11,7 +11,6 @@ from jax import lax
 from jax.extend import core
 
 from jaxsvd import kernels, models
-from jaxsvd.cache import empty_cache
 from jaxsvd.config import ModelConfig, Rope
 from jaxsvd.engine import Engine
 from jaxsvd.sampling import Mode, SamplingParams, sampler_of
@@ -164,7 +163,7 @@ def shaped(shape, dtype=np.int32):
 
 def cache_of(engine, capacity, batch=BATCH):
     """Its cache, without values."""
-    return jax.eval_shape(lambda: empty_cache(engine.config, batch, capacity, engine.dtype))
+    return jax.eval_shape(lambda: engine.empty_cache(batch, capacity))
 
 
 def sampler_and_seen(engine, mode, batch=BATCH):

@@ -104,7 +104,7 @@ class Llama(nnx.Module):
         layers = [
             self.layer(config.of_layer(i), weights, backend, f"model.layers.{i}") for i in range(config.num_layers)
         ]
-        fused = backend.fused is not None and alike(layers)
+        fused = backend.fused is not None and alike(layers) and self._kernel(layers[0], len(layers)) is not None
         self.layers: Stack | nnx.List[Layer] = Stack(layers) if fused else nnx.List(layers)
         self.norm = RMSNorm(weights, "model.norm", config.hidden_size, config.rms_norm_eps)
         if not config.tied:
@@ -135,14 +135,11 @@ class Llama(nnx.Module):
 
     @property
     def is_stacked(self) -> bool:
-        """Whether the layers are one stack, so that the cache is best stacked too while many steps are made."""
+        """Whether the layers are one stack: then the cache is too."""
         return isinstance(self.layers, Stack)
 
     def _stacked(self, layers: Stack, x: jax.Array, cache: KVCache, step: Step) -> tuple[jax.Array, KVCache]:
         """x through all layers: one token of one row in the backend's kernel if it has one, else layer by layer."""
-        if not cache.is_stacked:
-            x, cache = self._stacked(layers, x, cache.stacked(), step)
-            return x, cache.apart()
         (keys,), (values,) = cache.keys, cache.values
         run = self.decoder(x.shape[0], cache.capacity) if x.shape[1] == 1 else None
         if run is not None:
@@ -163,20 +160,20 @@ class Llama(nnx.Module):
         return x, KVCache([keys], [values], cache.lengths)
 
     def decoder(self, batch: int, capacity: int) -> Callable[..., jax.Array] | None:
-        """The backend's kernel that takes one token through all layers, or None where there is none for such a batch.
-
-        It wants layers that are alike and without biases, and bfloat16.
-        """
+        """The backend's kernel that takes one token through all layers; None where there is none for such a batch."""
         if not isinstance(self.layers, Stack) or batch != 1:
             return None
-        layer = self.layers.whole
-        if self.embed_tokens.weight.dtype != jnp.bfloat16 or any(group.biases for group in layer.groups):
+        return self._kernel(self.layers.whole, len(self.layers), capacity)
+
+    def _kernel(self, layer: Layer, layers: int, capacity: int = 0) -> Callable[..., jax.Array] | None:
+        """The kernel for so many layers like this one: without biases and in bfloat16, if the backend has any."""
+        attention, groups = layer.self_attn, layer.groups
+        fused = attention.o.backend.fused
+        if fused is None or self.embed_tokens.weight.dtype != jnp.bfloat16 or any(group.biases for group in groups):
             return None
-        attention = layer.self_attn
         normed = bool(attention.head_norms)
         heads = Heads(attention.heads, attention.kv_heads, attention.head_dim, layer.input_layernorm.eps, normed)
-        plans = [group.plan for group in layer.groups]
-        return attention.o.backend.fused.decoder(heads, plans, len(self.layers), capacity)
+        return fused.decoder(heads, [group.plan for group in groups], layers, capacity)
 
     @property
     def matrices(self) -> list[jax.Array]:

@@ -31,6 +31,7 @@ COMMON = {
 CONFIGS = {
     "llama": {"model_type": "llama", "head_dim": 64, "num_key_value_heads": 4},
     "qwen3": {"model_type": "qwen3", "head_dim": 128},
+    "narrow": {"model_type": "llama", "head_dim": 32},
 }
 # Ranks of the projections that are not dense.
 RANKS = {
@@ -66,18 +67,18 @@ def engine_of(architecture, ranks, backend, dtype=jnp.bfloat16, layers=2):
 
 
 def followed(engine, prompt, forced):
-    """The logits behind a prompt and behind each token of a forced text."""
-    return np.concatenate(list(engine.follow([prompt], len(forced), lambda i, _: [forced[i]])))
+    """The logits of decoded tokens: those behind each token of a forced text, but the last."""
+    return np.concatenate(list(engine.follow([prompt], len(forced), lambda i, _: [forced[i]])))[1:]
 
 
 def distance(actual, expected):
-    """Relative, of all logits of a decoded token."""
-    return np.linalg.norm(actual[1:] - expected[1:]) / np.linalg.norm(expected[1:])
+    """Relative."""
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 @kernel
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_logits(architecture, ranks, rng):
     prompt, forced = rng.integers(0, 128, 21).tolist(), rng.integers(0, 128, 6).tolist()
     engine = engine_of(architecture, ranks, gpu())
@@ -110,11 +111,12 @@ def test_positions(position, rng):
     values[:, :, position:] = 1e4
     logits, caches = [], []
     for one in (engine, exact):
-        keys_values = [jnp.asarray(value, one.dtype) for value in values]
-        cache = KVCache(keys_values[:2], keys_values[2:], jnp.array([position], jnp.int32))
+        arrays = jnp.asarray(values, one.dtype).reshape(2, 2, *size)
+        keys, contents = ([array] if one is engine else list(array) for array in arrays)
+        cache = KVCache(keys, contents, jnp.array([position], jnp.int32))
         found, cache = jax.jit(one.decode_logits)(one.leaves, cache, jnp.array([5], jnp.int32))
         logits.append(np.asarray(found))
-        caches.append(np.asarray([*cache.keys, *cache.values], np.float32))
+        caches.append(np.asarray([*cache.keys, *cache.values], np.float32).reshape(values.shape))
         assert cache.lengths == position + 1
     assert np.linalg.norm(logits[0] - logits[1]) < 2e-2 * np.linalg.norm(logits[1])
     # The new token is in the cache, and nothing else has changed.
@@ -132,21 +134,26 @@ def test_one_layer(rng):
 
 
 def test_what_the_kernel_does_not_take_is_left_to_xla():
-    """Several rows, other dtypes, odd caches."""
+    """Several rows, odd caches; other dtypes and heads, which are not even stacked."""
     model = engine_of("qwen3", "low-rank", gpu()).model
     assert isinstance(model.layers, Stack)
     assert model.decoder(2, 128) is None
     assert model.decoder(1, 120) is None
-    assert engine_of("qwen3", "low-rank", gpu(), jnp.float32).model.decoder(1, 128) is None
+    for architecture, dtype in (("qwen3", jnp.float32), ("narrow", jnp.bfloat16)):
+        model = engine_of(architecture, "low-rank", gpu(), dtype).model
+        assert not isinstance(model.layers, Stack)
+        assert model.decoder(1, 128) is None
 
 
 @pytest.mark.parametrize("ranks", ["dense", "low-rank", "mixed"])
 def test_stacked_layers_run_as_others(ranks, rng):
     prompts = [rng.integers(0, 128, length).tolist() for length in (5, 21)]
-    stacked, apart = (engine_of("qwen3", ranks, backend, jnp.float32) for backend in (gpu(), XLA("cpu")))
-    np.testing.assert_allclose(stacked.logits(prompts), apart.logits(prompts), atol=1e-4)
+    backends = (gpu(), jnp.bfloat16), (XLA("cpu"), jnp.bfloat16), (XLA("cpu"), jnp.float32)
+    engines = [engine_of("qwen3", ranks, *chosen) for chosen in backends]
+    found, plain, exact = (engine.logits(prompts) for engine in engines)
+    assert distance(found, exact) < 1.2 * distance(plain, exact)
     rows = [SamplingParams()] * 2
-    texts = [np.concatenate(list(engine.generate(prompts, rows, 8)), axis=1) for engine in (stacked, apart)]
+    texts = [np.concatenate(list(engine.generate(prompts, rows, 8)), axis=1) for engine in engines[:2]]
     np.testing.assert_array_equal(*texts)
 
 
@@ -155,19 +162,18 @@ def test_layers_whose_ranks_differ_a_little_are_widened(rng):
         return 192 if ".1." in path and "down" not in path else 128
 
     config = ModelConfig.from_hf(COMMON | CONFIGS["qwen3"])
-    models = [build(config, RandomWeights(jnp.float32, rank), backend) for backend in (gpu(), XLA("cpu"))]
+    models = [build(config, RandomWeights(jnp.bfloat16, rank), backend) for backend in (gpu(), XLA("cpu"))]
     assert isinstance(models[0].layers, Stack)
     assert [group.plan.widths for group in models[0].layers[0].groups] == [(192, 192, 192), (192,), (192, 192), (128,)]
     prompt = rng.integers(0, 128, 9).tolist()
     logits = [Engine(model).logits([prompt]) for model in models]
-    np.testing.assert_allclose(*logits, atol=1e-4)
+    assert distance(*logits) < 2e-2
 
 
-@pytest.mark.parametrize(
-    "rank", [lambda path, *_: 64 if ".1." in path else None, lambda path, *_: 64 * (1 + 4 * (".1." in path))]
-)
-def test_layers_that_differ_much_are_not_stacked(rank):
-    model = build(ModelConfig.from_hf(COMMON | CONFIGS["qwen3"]), RandomWeights(jnp.float32, rank), gpu())
+@pytest.mark.parametrize("ranks", [(None, 64), (64, 320)])
+def test_layers_that_differ_much_are_not_stacked(ranks):
+    config = ModelConfig.from_hf(COMMON | CONFIGS["qwen3"])
+    model = build(config, RandomWeights(jnp.bfloat16, lambda path, *_: ranks[".1." in path]), gpu())
     assert not isinstance(model.layers, Stack)
     assert model.decoder(1, 128) is None
 

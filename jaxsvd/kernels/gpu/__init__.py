@@ -32,6 +32,11 @@ def obstacle(device: Any) -> str | None:
     return None
 
 
+def outputs_of(plan: GroupPlan) -> tuple[int, ...]:
+    """The width of each member's result."""
+    return tuple(v.outputs if v else width for v, width in zip(plan.second, plan.widths, strict=True))
+
+
 def _pad(array: jax.Array, shape: Sequence[int]) -> jax.Array:
     return jnp.pad(array, [(0, size - old) for size, old in zip(shape, array.shape, strict=True)])
 
@@ -57,7 +62,8 @@ class GPU(XLA):
 
     def common(self, plans: Sequence[GroupPlan]) -> GroupPlan | None:
         """See `Fused.common`: the widest ranks, as rows and columns of zeros change nothing."""
-        if len({(plan.first.inputs, tuple(stored and stored.outputs for stored in plan.second)) for plan in plans}) > 1:
+        kinds = {(plan.first.inputs, outputs_of(plan), tuple(v is None for v in plan.second)) for plan in plans}
+        if len(kinds) > 1:
             return None
         widths = tuple(map(max, zip(*(plan.widths for plan in plans), strict=True)))
         second = tuple(
@@ -85,11 +91,7 @@ class GPU(XLA):
         from jaxsvd.kernels.gpu.layers import make_layers
 
         groups = [
-            Group(
-                plan.first.inputs,
-                tuple(v.outputs if v else width for v, width in zip(plan.second, plan.widths, strict=True)),
-                tuple(v.inputs if v else None for v in plan.second),
-            )
+            Group(plan.first.inputs, outputs_of(plan), tuple(v.inputs if v else None for v in plan.second))
             for plan in plans
         ]
         shape = LayerShape(*heads, *groups)
