@@ -300,6 +300,7 @@ def load(
     name, total = f"loading {folder.name}", checkpoint.files.nbytes
     with bar(name, total, "B", progress, unit_scale=True, leave=False) as shown:
         built = checkpoint.load(kernel, chosen, shown.update)
+    built.check()
     engine = Engine(built, lengths, steps_per_dispatch, held)
     jax.block_until_ready(engine.leaves)
     return LanguageModel(folder, checkpoint.config, engine, ends, time.perf_counter() - start)

@@ -108,6 +108,7 @@ def random(
     for layer in built.layers:  # as loading does, which these values did not go through
         for part in (layer.self_attn.qkv, layer.self_attn.o, layer.mlp):
             part.check()
+    built.check()
     engine = Engine(built, lengths, api.default_steps())
     jax.block_until_ready(engine.leaves)
     name = f"{model}, random" + (f", keep {keep:g}" if keep else "")

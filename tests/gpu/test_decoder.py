@@ -1,4 +1,8 @@
-"""The backend for GPUs: its kernel on such a GPU where there is one, else in Pallas' interpreter; and its stacks."""
+"""The backend for GPUs: its kernel on such a GPU where there is one, else in Pallas' interpreter; and its stacks.
+
+The kernel's tests want jax 0.11, hence Python 3.12. Interpreted they take nine minutes on two cores, and need NPROC=8
+in the environment: the interpreter hangs where JAX has fewer threads than a block has warpgroups.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ from jaxsvd import kernels
 from jaxsvd.cache import KVCache
 from jaxsvd.config import ModelConfig
 from jaxsvd.engine import Engine
+from jaxsvd.errors import JaxsvdError
 from jaxsvd.kernels.gpu import GPU, JAX, obstacle
 from jaxsvd.kernels.xla import XLA
 from jaxsvd.models import build
@@ -176,6 +181,19 @@ def test_layers_that_differ_much_are_not_stacked(ranks):
     model = build(config, RandomWeights(jnp.bfloat16, lambda path, *_: ranks[".1." in path]), gpu())
     assert not isinstance(model.layers, Stack)
     assert model.decoder(1, 128) is None
+
+
+@kernel
+def test_the_check_lets_a_right_kernel_pass():
+    engine_of("qwen3", "mixed", gpu()).model.check()
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.8, float("nan")])
+def test_a_wrong_kernel_is_found(wrong, monkeypatch):
+    model = engine_of("qwen3", "low-rank", gpu()).model
+    monkeypatch.setattr(GPU, "decoder", lambda *_: lambda x, *_: x * wrong)
+    with pytest.raises(JaxsvdError, match=r"differ by .* use backend xla"):
+        model.check()
 
 
 def test_choice():
