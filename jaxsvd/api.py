@@ -24,6 +24,7 @@ from jaxsvd.checkpoint.read import Checkpoint
 from jaxsvd.config import ModelConfig, end_of_text_ids
 from jaxsvd.engine import Engine, Score
 from jaxsvd.errors import UsageError
+from jaxsvd.models.check import check
 from jaxsvd.progress import bar
 from jaxsvd.sampling import per_row
 from jaxsvd.tokenizer import Message, StopMatcher, TextStream, Tokenizer, has_tokenizer
@@ -300,7 +301,7 @@ def load(
     name, total = f"loading {folder.name}", checkpoint.files.nbytes
     with bar(name, total, "B", progress, unit_scale=True, leave=False) as shown:
         built = checkpoint.load(kernel, chosen, shown.update)
-    built.check()
+    check(built)
     engine = Engine(built, lengths, steps_per_dispatch, held)
     jax.block_until_ready(engine.leaves)
     return LanguageModel(folder, checkpoint.config, engine, ends, time.perf_counter() - start)

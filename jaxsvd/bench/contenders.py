@@ -19,6 +19,7 @@ from jaxsvd.config import ModelConfig, read_json
 from jaxsvd.engine import Engine
 from jaxsvd.errors import UsageError
 from jaxsvd.models import build
+from jaxsvd.models.check import check
 from jaxsvd.named import CONFIGS
 from jaxsvd.weights import AbstractWeights, Ranks
 
@@ -108,7 +109,7 @@ def random(
     for layer in built.layers:  # as loading does, which these values did not go through
         for part in (layer.self_attn.qkv, layer.self_attn.o, layer.mlp):
             part.check()
-    built.check()
+    check(built)
     engine = Engine(built, lengths, api.default_steps())
     jax.block_until_ready(engine.leaves)
     name = f"{model}, random" + (f", keep {keep:g}" if keep else "")

@@ -17,6 +17,7 @@ from jaxsvd.errors import JaxsvdError
 from jaxsvd.kernels.gpu import GPU, JAX, obstacle
 from jaxsvd.kernels.xla import XLA
 from jaxsvd.models import build
+from jaxsvd.models.check import check
 from jaxsvd.models.stack import Stack
 from jaxsvd.sampling import SamplingParams
 from jaxsvd.weights import RandomWeights
@@ -185,7 +186,7 @@ def test_layers_that_differ_much_are_not_stacked(ranks):
 
 @kernel
 def test_the_check_lets_a_right_kernel_pass():
-    engine_of("qwen3", "mixed", gpu()).model.check()
+    check(engine_of("qwen3", "mixed", gpu()).model)
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.8, float("nan")])
@@ -193,7 +194,7 @@ def test_a_wrong_kernel_is_found(wrong, monkeypatch):
     model = engine_of("qwen3", "low-rank", gpu()).model
     monkeypatch.setattr(GPU, "decoder", lambda *_: lambda x, *_: x * wrong)
     with pytest.raises(JaxsvdError, match=r"differ by .* use backend xla"):
-        model.check()
+        check(model)
 
 
 def test_choice():
