@@ -37,8 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="of each projection alone against its weights (0.02); inf: any",
     )
     tested = parser.add_argument_group("what is tested")
-    tested.add_argument("--dtype", help="float32, bfloat16 or float16 (default: by platform)")
-    tested.add_argument("--backend", default="auto", help="auto (default), xla, gpu, neuron or neuron-emulated")
+    common.backend_arguments(tested)
     tested.add_argument("--round-weights", metavar="DTYPE", help="round them to bfloat16 or float16, then compute")
     common.finish(parser, check_accuracy)
 

@@ -40,6 +40,12 @@ def length_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of the longest text (default: the model's)")
 
 
+def backend_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add how a model computes."""
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: by platform)")
+    parser.add_argument("--backend", default="auto", help="auto (default), xla, gpu, neuron or neuron-emulated")
+
+
 def finish(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
     """Add the options that every command has, and what it calls."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")

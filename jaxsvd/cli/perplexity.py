@@ -16,8 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, metavar="N", help="take N evenly spaced windows (default: all)")
     parser.add_argument("--compare", action="append", default=[], metavar="MODEL", help="the same windows; repeatable")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows scored at a time (8)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: by platform)")
-    parser.add_argument("--backend", default="auto", help="auto (default), xla, gpu, neuron or neuron-emulated")
+    common.backend_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw perplexity against the fraction kept")
     common.finish(parser, perplexity)
 

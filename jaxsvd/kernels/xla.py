@@ -81,6 +81,15 @@ class GroupPlan:
         """The elements of all arrays."""
         return sum(map(math.prod, self.array_shapes))
 
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The width of each member's result."""
+        return tuple(v.outputs if v else width for v, width in zip(self.second, self.widths, strict=True))
+
+    def split(self, array: jax.Array, axis: int) -> list[jax.Array]:
+        """What lies side by side in the first product or its array, one part for each member."""
+        return jnp.split(array, np.cumsum(self.widths)[:-1].tolist(), axis)
+
 
 @dataclass(frozen=True)
 class XLA:
@@ -134,7 +143,7 @@ class XLA:
     def project(self, plan: GroupPlan, x: jax.Array, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """One dot for the group, then one per low-rank member."""
         first, *rest = arrays
-        strips = jnp.split(plan.first.dot(x, first), np.cumsum(plan.widths)[:-1].tolist(), axis=-1)
+        strips = plan.split(plan.first.dot(x, first), axis=-1)
         second = iter(rest)
         return [
             stored.dot(strip, next(second)) if stored else strip

@@ -104,7 +104,7 @@ class Llama(nnx.Module):
         layers = [
             self.layer(config.of_layer(i), weights, backend, f"model.layers.{i}") for i in range(config.num_layers)
         ]
-        fused = backend.fused is not None and alike(layers) and self._kernel(layers[0], len(layers)) is not None
+        fused = self._kernel(layers[0], len(layers)) is not None and alike(layers)  # which may widen them
         self.layers: Stack | nnx.List[Layer] = Stack(layers) if fused else nnx.List(layers)
         self.norm = RMSNorm(weights, "model.norm", config.hidden_size, config.rms_norm_eps)
         if not config.tied:

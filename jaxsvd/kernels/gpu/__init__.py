@@ -10,15 +10,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxsvd.kernels import Fused, Heads
+from jaxsvd.kernels import Fused, Heads, MatrixShape
 from jaxsvd.kernels.gpu.shape import Group, LayerShape
 from jaxsvd.kernels.xla import XLA, GroupPlan, Stored
 
 CAPABILITY = "9.0"  # Hopper: TMA, and as much shared memory as the ring of weights takes
 JAX = (0, 11)  # the first jax whose Mosaic dialect the kernel is written in
-
 WASTE = 1.3  # how much larger a group may become so that it is like those of the other layers
 
 
@@ -30,11 +28,6 @@ def obstacle(device: Any) -> str | None:
     if jax.__version_info__ < JAX:
         return f"the kernel needs jax {'.'.join(map(str, JAX))} or later, and this is {jax.__version__}"
     return None
-
-
-def outputs_of(plan: GroupPlan) -> tuple[int, ...]:
-    """The width of each member's result."""
-    return tuple(v.outputs if v else width for v, width in zip(plan.second, plan.widths, strict=True))
 
 
 def _pad(array: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -62,15 +55,13 @@ class GPU(XLA):
 
     def common(self, plans: Sequence[GroupPlan]) -> GroupPlan | None:
         """See `Fused.common`: the widest ranks, as rows and columns of zeros change nothing."""
-        kinds = {(plan.first.inputs, outputs_of(plan), tuple(v is None for v in plan.second)) for plan in plans}
+        kinds = {(plan.first.inputs, plan.outputs, tuple(v is None for v in plan.second)) for plan in plans}
         if len(kinds) > 1:
             return None
-        widths = tuple(map(max, zip(*(plan.widths for plan in plans), strict=True)))
-        second = tuple(
-            stored and self._stored(width, stored.outputs, True)
-            for stored, width in zip(plans[0].second, widths, strict=True)
-        )
-        found = GroupPlan(self._stored(plans[0].first.inputs, sum(widths), True), widths, second)
+        ((inputs, outputs, dense),) = kinds
+        widths = map(max, zip(*(plan.widths for plan in plans), strict=True))
+        ranks = (None if alone else width for alone, width in zip(dense, widths, strict=True))
+        found = self.plan(tuple(MatrixShape(inputs, *shape) for shape in zip(outputs, ranks, strict=True)))
         size = sum(plan.size for plan in plans)
         return found if found.size * len(plans) <= WASTE * size else None
 
@@ -79,8 +70,8 @@ class GPU(XLA):
         if isinstance(arrays[0], jax.ShapeDtypeStruct):
             return [jax.ShapeDtypeStruct(shape, arrays[0].dtype) for shape in wider.array_shapes]
         first, *second = arrays
-        blocks = jnp.split(first, np.cumsum(plan.widths)[:-1].tolist())
-        blocks = [_pad(block, (width, first.shape[1])) for block, width in zip(blocks, wider.widths, strict=True)]
+        parts = zip(plan.split(first, axis=0), wider.widths, strict=True)
+        blocks = [_pad(block, (width, first.shape[1])) for block, width in parts]
         return [jnp.concatenate(blocks), *map(_pad, second, wider.array_shapes[1:])]
 
     def decoder(
@@ -91,7 +82,7 @@ class GPU(XLA):
         from jaxsvd.kernels.gpu.layers import make_layers
 
         groups = [
-            Group(plan.first.inputs, outputs_of(plan), tuple(v.inputs if v else None for v in plan.second))
+            Group(plan.first.inputs, plan.outputs, tuple(v.inputs if v else None for v in plan.second))
             for plan in plans
         ]
         shape = LayerShape(*heads, *groups)

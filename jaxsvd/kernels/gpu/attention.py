@@ -16,15 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu.shape import TOKENS, LayerShape
-from jaxsvd.kernels.gpu.stream import load
+from jaxsvd.kernels.gpu.stream import full, load, share
 
 SPLITS = 16  # parts of the cache that are attended to side by side, per head of keys
 NOTHING = -1e30  # the maximum of no scores
-
-
-def full(fill: float, shape: tuple[int, ...], layout: Any) -> jax.Array:
-    """A constant, float32."""
-    return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,8 @@ class Attention:
         """Run a function for this block's share of `count` items."""
 
         def run(item: Callable[[jax.Array], None]) -> None:
-            share = lax.div(count - self.block + (self.blocks - 1), self.blocks)
-            lax.fori_loop(0, share, lambda i, _: item(self.block + i * self.blocks), None)
+            mine = share(count, self.block, self.blocks)
+            lax.fori_loop(0, mine, lambda i, _: item(self.block + i * self.blocks), None)
 
         return run
 
@@ -113,9 +108,9 @@ class Attention:
         def item(index: jax.Array) -> None:
             kv_head, split = lax.div(index, SPLITS), lax.rem(index, SPLITS)
             # Each part has the same number of tokens, whole tiles of them; the last ones may have none.
-            share = lax.div(self.position + (SPLITS * TOKENS - 1), SPLITS * TOKENS) * TOKENS
-            begin = split * share
-            end = jnp.minimum(begin + share, self.position)
+            length = lax.div(self.position + (SPLITS * TOKENS - 1), SPLITS * TOKENS) * TOKENS
+            begin = split * length
+            end = jnp.minimum(begin + length, self.position)
             tiles = lax.div(jnp.maximum(end - begin, 0) + (TOKENS - 1), TOKENS)
             ahead = self.fetch(kv_head, begin)  # each tile is on its way while the one before is used
 

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import ptx
 from jaxsvd.kernels.gpu.attention import SPLITS, Attention
-from jaxsvd.kernels.gpu.shape import SPAN, Group, LayerShape, roomy
+from jaxsvd.kernels.gpu.shape import NORMED, SPAN, Group, LayerShape, roomy, whole
 from jaxsvd.kernels.gpu.stream import ROWS, SCRATCH, SUMS, Phase, Stream, Streamed, Tiles, X, load
 
 
@@ -185,19 +185,20 @@ def make_layers(shape: LayerShape, layers: int, blocks: int, interpret: Any = No
                 *(shape, layer, block, blocks, position[0], angles, head_norms, caches),
                 *(vectors, products.heads, products.mixed, *partial),
             )
-            for number, phase in enumerate(products.phases):
+            phases = products.phases
+            for number, (phase, deal) in enumerate(zip(phases, stream.deal(phases), strict=True)):
                 if number == len(products.before):
                     attention.attend()
                     meet()
                     attention.combine()
                     meet()
                 stream.hold(layer, phase)
-                count = stream.multiply(count, products.phases, number)
+                count = stream.multiply(count, deal)
                 meet()
             return count
 
         def fill(layer: jax.Array, count: jax.Array) -> jax.Array:
-            return stream.fill(count, layer, products.phases)
+            return stream.fill(count, layer, stream.deal(products.phases))
 
         @pl.when(lax.axis_index("thread") == 0)
         def compute() -> None:
@@ -233,8 +234,8 @@ def make_layers(shape: LayerShape, layers: int, blocks: int, interpret: Any = No
     def call(x: jax.Array, position: jax.Array, cosines: jax.Array, sines: jax.Array, *rest: Any) -> jax.Array:
         """See `make_layers`."""
         before, behind, *arrays, keys, values = rest
-        if hidden != roomy(hidden):
-            before, behind = (jnp.pad(gain, ((0, 0), (0, roomy(hidden) - hidden))) for gain in (before, behind))
+        if odd := whole(hidden, NORMED) - hidden:  # not where it need not be: it is done in every step
+            before, behind = (jnp.pad(gain, ((0, 0), (0, odd))) for gain in (before, behind))
         stream = jax.new_ref(jnp.pad(x.astype(jnp.float32), (0, roomy(hidden) - hidden)))
         counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
         # A position behind the end is clamped, as XLA's dynamic slices are.

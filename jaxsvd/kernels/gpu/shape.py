@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
+NORMED = 512  # elements that a norm reads at once, of x and of its weights
 WIDEST = 24 * SPAN  # what fits into shared memory beside the ring
 TOKENS = 32  # of the cache that a block attends to at once
 
@@ -12,9 +13,14 @@ def slots(width: int) -> int:
     return -(-width // SPAN)
 
 
+def whole(width: int, unit: int) -> int:
+    """The next multiple."""
+    return -(-width // unit) * unit
+
+
 def roomy(width: int) -> int:
     """The width of a buffer that is read a whole slot at a time."""
-    return slots(width) * SPAN
+    return whole(width, SPAN)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Matrix-vector products whose weights are streamed through shared memory.
 
 One warpgroup of a block does nothing but copy tiles of weights into a ring, by TMA and as far ahead as the ring has
-room, across products and layers. Another multiplies them with x, which
-lies in shared memory too, on tensor cores: not for their speed, but as one instruction then does what eighteen did.
+room, across products and layers. Another multiplies them with x, which lies in shared memory too, on tensor cores: not
+for their speed, but as one instruction then does what eighteen did.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import ptx
-from jaxsvd.kernels.gpu.shape import SPAN, roomy, slots
+from jaxsvd.kernels.gpu.shape import NORMED, SPAN, roomy, slots, whole
 
 ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
 SLOTS = 10  # of (ROWS, SPAN) in the ring
@@ -41,6 +41,16 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg] (jax 0.10 wants an index)
 
 
+def full(fill: float, shape: tuple[int, ...], layout: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """A constant in a layout."""
+    return plgpu.layout_cast(jnp.full(shape, fill, dtype), layout)
+
+
+def share(count: int, first: jax.Array, blocks: int) -> jax.Array:
+    """How many of `count` things a block has whose first is `first`, every `blocks`-th being its own."""
+    return lax.div(count - first + (blocks - 1), blocks)
+
+
 def strided(vector: int) -> Any:
     """How a warpgroup holds (n,), `vector` neighbours to a thread."""
     tiling = plgpu.Tiling(((128 * vector,), (32 * vector,), (vector,)))
@@ -51,7 +61,8 @@ def strided(vector: int) -> Any:
 class X:
     """What the products of a phase read: elements [start, start + width), with RMSNorm where there is a `gain`.
 
-    `ref` is bfloat16 without a norm and float32 with one. It and `gain` are read in whole slots.
+    `ref` is bfloat16 without a norm and float32 with one. It is read in whole slots there, here NORMED elements at a
+    time, as `gain` is.
     """
 
     ref: Any
@@ -88,11 +99,6 @@ class Tiles:
         """How many tiles of all blocks."""
         return self.rows // ROWS
 
-    @property
-    def slots(self) -> int:
-        """Of one tile."""
-        return sum(slots(member.inputs) for member in self.members)
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -106,6 +112,10 @@ class Phase:
         """Up to which element x may be multiplied with something, if only with zeros."""
         ends = [member.x + roomy(member.inputs) for tiles in self.tiles for member in tiles.members]
         return roomy(max(self.x.width, *ends))
+
+
+# Of a phase: its tiles, this block's first one of them, and how many it has.
+Deal = list[tuple[Tiles, jax.Array, jax.Array]]
 
 
 class Stream:
@@ -129,8 +139,8 @@ class Stream:
             plgpu.Barrier(),
         ]
 
-    def _deal(self, phases: Sequence[Phase]) -> list[list[tuple[Tiles, jax.Array, jax.Array]]]:
-        """For each phase its tiles, this block's first one of them, and how many it has.
+    def deal(self, phases: Sequence[Phase]) -> list[Deal]:
+        """What this block has of each phase.
 
         Each deal begins with the block where the one before ended, which evens out the remainders.
         """
@@ -139,18 +149,17 @@ class Stream:
             deals.append([])
             for tiles in phase.tiles:
                 first = lax.rem(self._block + (self._blocks - shift), self._blocks)
-                share = lax.div(tiles.count - first + (self._blocks - 1), self._blocks)
-                deals[-1].append((tiles, first, share))
+                deals[-1].append((tiles, first, share(tiles.count, first, self._blocks)))
                 shift = (shift + tiles.count) % self._blocks
         return deals
 
     def _row(self, first: jax.Array, i: jax.Array) -> jax.Array:
         return (first + i * self._blocks) * ROWS
 
-    def fill(self, count: jax.Array, layer: jax.Array, phases: Sequence[Phase]) -> jax.Array:
+    def fill(self, count: jax.Array, layer: jax.Array, deals: Sequence[Deal]) -> jax.Array:
         """Copy this block's tiles of a layer, in order, each as soon as there is room; the count behind them."""
-        for deal in self._deal(phases):
-            for tiles, first, share in deal:
+        for deal in deals:
+            for tiles, first, mine in deal:
 
                 def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, first: Any = first) -> jax.Array:
                     for member in tiles.members:
@@ -171,7 +180,7 @@ class Stream:
                         count = lax.fori_loop(0, slots(member.inputs), copy, count)
                     return count
 
-                count = lax.fori_loop(0, share, tile, count)
+                count = lax.fori_loop(0, mine, tile, count)
         return count
 
     def drain(self, count: jax.Array) -> None:
@@ -185,8 +194,8 @@ class Stream:
     def hold(self, layer: jax.Array, phase: Phase) -> None:
         """Put a phase's x into shared memory, bfloat16, zeros behind its end. All have left the one before."""
         x = phase.x
-        vector = min(SPAN // 128, 8 if x.gain is None else 4)  # up to 16 bytes
-        size = -(-x.width // (128 * vector)) * 128 * vector
+        size = whole(x.width, SPAN if x.gain is None else NORMED)
+        vector = 8 if x.gain is None else 4  # 16 bytes
         layout = strided(vector)
         values = load(x.ref.at[pl.ds(x.start, size)], layout)
         if size > x.width:
@@ -199,14 +208,13 @@ class Stream:
         self._held.at[pl.ds(0, size)][...] = values
         if phase.reach > size:
             rest = phase.reach - size
-            nothing = plgpu.layout_cast(jnp.zeros((rest,), jnp.bfloat16), strided(4))
-            self._held.at[pl.ds(size, rest)][...] = nothing
+            self._held.at[pl.ds(size, rest)][...] = full(0.0, (rest,), strided(4), jnp.bfloat16)
         plgpu.barrier_arrive(self._together)
         plgpu.barrier_wait(self._together)
 
-    def multiply(self, count: jax.Array, phases: Sequence[Phase], number: int) -> jax.Array:
-        """This block's tiles of phase `number` times the x that is held; the count behind them."""
-        for tiles, first, share in self._deal(phases)[number]:
+    def multiply(self, count: jax.Array, deal: Deal) -> jax.Array:
+        """This block's tiles of a phase times the x that is held; the count behind them."""
+        for tiles, first, mine in deal:
 
             def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, first: Any = first) -> jax.Array:
                 row = self._row(first, i)
@@ -217,7 +225,7 @@ class Stream:
                 tiles.store(row, sums, early)
                 return count
 
-            count = lax.fori_loop(0, share, tile, count)
+            count = lax.fori_loop(0, mine, tile, count)
         return count
 
     def _product(self, count: jax.Array, member: Streamed) -> jax.Array:
@@ -235,5 +243,5 @@ class Stream:
             pieces = weights.astype(jnp.float32).reshape(shape) * x.astype(jnp.float32).reshape(shape[1:])
             return sums + pieces.sum((1, 3)).T
 
-        none = plgpu.layout_cast(jnp.zeros((4, ROWS), jnp.float32), PARTIAL)
-        return jnp.sum(lax.fori_loop(0, slots(member.inputs), add, none), axis=0)
+        sums = lax.fori_loop(0, slots(member.inputs), add, full(0.0, (4, ROWS), PARTIAL))
+        return jnp.sum(sums, axis=0)
