@@ -27,6 +27,14 @@ def reference(model, ids):
     return logprobs.numpy(), (logits.argmax(-1) == targets).numpy()
 
 
+def write_texts(folder, times=1):
+    """TEXT, so many times, and the same backwards, as two files."""
+    paths = folder / "a.txt", folder / "b.txt"
+    for path, text in zip(paths, (TEXT, TEXT[::-1]), strict=True):
+        path.write_text(times * text, "utf-8")
+    return paths
+
+
 def write_tokenizer(folder, bos=True, template=TEMPLATE, order=string.printable, lowercase=False):
     """A tokenizer of single characters, with a BOS token in front where `bos`: 103 of a tiny model's 128 ids."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *order])}

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from evaluating import TEXT
+from evaluating import write_texts
 
 from jaxsvd import cli
 
@@ -16,10 +16,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for name, text in (("a.txt", TEXT), ("b.txt", TEXT[::-1])):
-        (folder / name).write_text(100 * text, "utf-8")
-    return folder / "a.txt", folder / "b.txt"
+    return write_texts(tmp_path_factory.mktemp("texts"), times=100)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from evaluating import KEPT, TEXT, with_rank
+from evaluating import KEPT, TEXT, with_rank, write_texts
 
 import jaxsvd
 from jaxsvd import cli
@@ -21,10 +21,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for name, text in (("a.txt", TEXT), ("b.txt", TEXT[::-1])):
-        (folder / name).write_text(text, "utf-8")
-    return folder / "a.txt", folder / "b.txt"
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
