@@ -14,9 +14,7 @@ from jaxsvd.config import ModelConfig
 class KVCache:
     """Keys (after RoPE) and values, per layer (batch·kv_heads, capacity, head_dim); rows are left-aligned.
 
-    Of a model whose layers are one stack there is one array of keys and one of values, with an axis over the layers
-    before the others. `lengths` int32 (batch,) is the number of real tokens in each row. What lies behind it is never
-    attended to.
+    `lengths` int32 (batch,) is the number of real tokens in each row. What lies behind it is never attended to.
     """
 
     keys: list[jax.Array]
@@ -29,11 +27,10 @@ class KVCache:
         return self.keys[0].shape[-2]
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, stacked: bool = False) -> KVCache:
-    """A cache of zeros, `stacked` for a model whose layers are."""
-    layers, shape = config.num_layers, (batch * config.num_kv_heads, capacity, config.head_dim)
-    count, shape = (1, (layers, *shape)) if stacked else (layers, shape)
-    keys, values = ([jnp.zeros(shape, dtype) for _ in range(count)] for _ in range(2))
+def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    """A cache of zeros."""
+    shape = (batch * config.num_kv_heads, capacity, config.head_dim)
+    keys, values = ([jnp.zeros(shape, dtype) for _ in range(config.num_layers)] for _ in range(2))
     return KVCache(keys, values, jnp.zeros((batch,), jnp.int32))
 
 

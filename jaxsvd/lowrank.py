@@ -60,13 +60,6 @@ class Projections(nnx.Module):
         """The packed arrays."""
         return [array[...] for array in self.arrays]
 
-    def widen(self, plan: Any) -> None:
-        """Lay the arrays out as another plan does: see `jaxsvd.kernels.Fused`."""
-        assert self.backend.fused is not None
-        arrays = self.backend.fused.widen(self.plan, [array.get_value() for array in self.arrays], plan)
-        self.arrays = nnx.List([parameter(array, lambda array: array) for array in arrays])
-        self.plan = plan
-
     def check(self) -> None:
         """Compare the backend's kernel with XLA on these arrays. Raises JaxsvdError where the two disagree."""
         self.backend.check(self.plan, self.values)

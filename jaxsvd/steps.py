@@ -54,7 +54,6 @@ class Steps:
     def __init__(self, model: Llama) -> None:
         self.config = model.config
         self.dtype = jnp.dtype(model.embed_tokens.weight.dtype)
-        self._stacked = model.is_stacked
         self._graph, state = nnx.split(model)
         self.leaves, self._tree = jax.tree.flatten(state)
 
@@ -68,7 +67,7 @@ class Steps:
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache of zeros for this model, of `capacity` tokens a row."""
-        return empty_cache(self.config, batch, capacity, self.dtype, self._stacked)
+        return empty_cache(self.config, batch, capacity, self.dtype)
 
     def prefill(
         self,

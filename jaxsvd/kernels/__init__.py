@@ -111,28 +111,22 @@ class Backend(Protocol):
 
 
 class Fused(Protocol):
-    """What a backend has that runs all layers in one kernel. Layers that are alike are then held stacked.
+    """What a backend has that runs all layers in one kernel: a step of one row.
 
-    Other layers are made alike, where that costs little: their groups get one plan.
+    `plans` are, for each layer, those of q, k and v, of o, of gate and up, and of down.
     """
 
-    def common(self, plans: Sequence[Any]) -> Any | None:
-        """The plan that the groups of several layers can all have; None where there is none, or it would waste much."""
+    def obstacle(self, heads: Heads, plans: Sequence[Sequence[Any]], capacity: int) -> str | None:
+        """Why it can't take such layers, with a cache for `capacity` tokens; or None."""
         ...
 
-    def widen(self, plan: Any, arrays: Sequence[Any], wider: Any) -> list[Any]:
-        """The arrays of a group as another plan lays them out, one of `common`."""
-        ...
+    def decoder(self, heads: Heads, plans: Sequence[Sequence[Any]]) -> Callable[..., jax.Array]:
+        """The kernel that takes one token of one row through such layers.
 
-    def decoder(
-        self, heads: Heads, plans: Sequence[Any], layers: int, capacity: int
-    ) -> Callable[..., jax.Array] | None:
-        """A kernel that takes one token of one row through `layers` layers alike, or None where it can't.
-
-        `plans` are those of q, k and v, of o, of gate and up, and of down. The kernel is called with x (hidden,), its
-        position () int32; cosines and sines, float32 (width/2,); and, stacked over the layers, the weights of the two
-        norms and of those of heads, the arrays of the groups, and references to keys and values (layers, keys,
-        capacity, width), which get the new token. It returns x (hidden,), float32.
+        It is called with x (hidden,), its position () int32; cosines and sines, float32 (width/2,); the weights of the
+        two norms (layers, hidden) and of those of heads (layers, width); and, for each layer, the arrays of its groups
+        in their order, and references to keys and to values (keys, capacity, width), which get the new token. It
+        returns x (hidden,), float32.
         """
         ...
 

@@ -5,7 +5,6 @@ low-rank member then has a dot with its V. What is chosen here is the storage or
 matrix-vector product per matrix and its speed is that of the walk through memory.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,11 +74,6 @@ class GroupPlan:
     def array_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The first array, then the V of each low-rank member."""
         return (self.first.shape, *(stored.shape for stored in self.second if stored))
-
-    @property
-    def size(self) -> int:
-        """The elements of all arrays."""
-        return sum(map(math.prod, self.array_shapes))
 
     @property
     def outputs(self) -> tuple[int, ...]:

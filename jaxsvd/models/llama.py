@@ -1,20 +1,18 @@
 """Llama (2 and 3.x) with factored projections (Touvron et al. 2023; Grattafiori et al. 2024)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from jaxsvd.attention import attend
 from jaxsvd.cache import KVCache, write
 from jaxsvd.config import ModelConfig
-from jaxsvd.kernels import Backend, Heads
+from jaxsvd.kernels import Backend, Fused, Heads
 from jaxsvd.layers import Embedding, RMSNorm, rope_angles, rotate
 from jaxsvd.lowrank import GatedMLP, Projections
-from jaxsvd.models.stack import Stack, alike
 from jaxsvd.weights import Weights
 
 
@@ -84,6 +82,11 @@ class Layer(nnx.Module):
         """In the order of their use."""
         return [self.self_attn.qkv, self.self_attn.o, self.mlp.gate_up, self.mlp.down]
 
+    @property
+    def norms(self) -> list[RMSNorm]:
+        """Before attention, before the MLP, and of the heads, if any."""
+        return [self.input_layernorm, self.post_attention_layernorm, *self.self_attn.head_norms]
+
     def __call__(
         self, x: jax.Array, keys: jax.Array, values: jax.Array, step: Step
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -101,11 +104,9 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, weights: Weights, backend: Backend) -> None:
         self.config = config
         self.embed_tokens = Embedding(weights, backend, "model.embed_tokens", config.vocab_size, config.hidden_size)
-        layers = [
-            self.layer(config.of_layer(i), weights, backend, f"model.layers.{i}") for i in range(config.num_layers)
-        ]
-        fused = self._kernel(layers[0], len(layers)) is not None and alike(layers)  # which may widen them
-        self.layers: Stack | nnx.List[Layer] = Stack(layers) if fused else nnx.List(layers)
+        self.layers = nnx.List(
+            [self.layer(config.of_layer(i), weights, backend, f"model.layers.{i}") for i in range(config.num_layers)]
+        )
         self.norm = RMSNorm(weights, "model.norm", config.hidden_size, config.rms_norm_eps)
         if not config.tied:
             self.lm_head = Embedding(weights, backend, "lm_head", config.vocab_size, config.hidden_size)
@@ -125,61 +126,61 @@ class Llama(nnx.Module):
         angles = rope_angles(positions, self.config.rope, self.config.head_dim)
         step = Step(start, positions, *angles)
         x = self.embed_tokens(tokens)
-        if isinstance(self.layers, Stack):
-            x, cache = self._stacked(self.layers, x, cache, step)
-            return self.norm(x), cache
         keys, values = list(cache.keys), list(cache.values)
-        for i, layer in enumerate(self.layers):
-            x, keys[i], values[i] = layer(x, keys[i], values[i], step)
-        return self.norm(x), KVCache(keys, values, cache.lengths)
-
-    @property
-    def is_stacked(self) -> bool:
-        """Whether the layers are one stack: then the cache is too."""
-        return isinstance(self.layers, Stack)
-
-    def _stacked(self, layers: Stack, x: jax.Array, cache: KVCache, step: Step) -> tuple[jax.Array, KVCache]:
-        """x through all layers: one token of one row in the backend's kernel if it has one, else layer by layer."""
-        (keys,), (values,) = cache.keys, cache.values
         run = self.decoder(x.shape[0], cache.capacity) if x.shape[1] == 1 else None
         if run is not None:
-            layer = layers.whole
-            norms = [layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.head_norms]
-            arrays = [norm.weight[...] for norm in norms] + [array for group in layer.groups for array in group.values]
-            caches = jax.new_ref(keys), jax.new_ref(values)
-            y = run(x[0, 0], step.positions[0, 0], step.cosines[0, 0, 0], step.sines[0, 0, 0], *arrays, *caches)
-            return y.astype(x.dtype)[None, None], KVCache([caches[0][...]], [caches[1][...]], cache.lengths)
+            x = self._together(run, x, keys, values, step)
+        else:
+            for i, layer in enumerate(self.layers):
+                x, keys[i], values[i] = layer(x, keys[i], values[i], step)
+        return self.norm(x), KVCache(keys, values, cache.lengths)
 
-        # A loop, as XLA would tune and compile each layer's slices of the stack apart.
-        def through(x: jax.Array, given: tuple) -> tuple[jax.Array, tuple]:
-            leaves, keys, values = given
-            x, keys, values = layers.merge(leaves)(x, keys, values, step)
-            return x, (keys, values)
-
-        x, (keys, values) = lax.scan(through, x, (layers.leaves, keys, values))
-        return x, KVCache([keys], [values], cache.lengths)
+    def _together(
+        self, run: Callable[..., jax.Array], x: jax.Array, keys: list[jax.Array], values: list[jax.Array], step: Step
+    ) -> jax.Array:
+        """One token of one row through all layers in the backend's kernel, and into the cache."""
+        layers = list(self.layers)
+        kinds = zip(*([norm.weight[...] for norm in layer.norms] for layer in layers), strict=True)
+        arrays = [[array for group in layer.groups for array in group.values] for layer in layers]
+        caches = [[jax.new_ref(buffer) for buffer in buffers] for buffers in (keys, values)]
+        angles = step.cosines[0, 0, 0], step.sines[0, 0, 0]
+        y = run(x[0, 0], step.positions[0, 0], *angles, list(map(jnp.stack, kinds)), arrays, *caches)
+        keys[:], values[:] = ([buffer[...] for buffer in buffers] for buffers in caches)
+        return y.astype(x.dtype)[None, None]
 
     def decoder(self, batch: int, capacity: int) -> Callable[..., jax.Array] | None:
         """The backend's kernel that takes one token through all layers; None where there is none for such a batch."""
-        if not isinstance(self.layers, Stack) or batch != 1:
+        if self.fused is None or batch != 1 or self.obstacle(capacity):
             return None
-        return self._kernel(self.layers.whole, len(self.layers), capacity)
+        return self.fused.decoder(*self._form)
 
-    def _kernel(self, layer: Layer, layers: int, capacity: int = 0) -> Callable[..., jax.Array] | None:
-        """The kernel for so many layers like this one: without biases and in bfloat16, if the backend has any."""
-        attention, groups = layer.self_attn, layer.groups
-        fused = attention.o.backend.fused
-        if fused is None or self.embed_tokens.weight.dtype != jnp.bfloat16 or any(group.biases for group in groups):
-            return None
-        normed = bool(attention.head_norms)
-        heads = Heads(attention.heads, attention.kv_heads, attention.head_dim, layer.input_layernorm.eps, normed)
-        return fused.decoder(heads, [group.plan for group in groups], layers, capacity)
+    @property
+    def fused(self) -> Fused | None:
+        """What the backend has for all layers at once."""
+        return self.layers[0].self_attn.o.backend.fused
+
+    def obstacle(self, capacity: int) -> str | None:
+        """Why such a kernel can't run this model with a cache for so many tokens, or None."""
+        dtype = self.embed_tokens.weight.dtype
+        if dtype != jnp.bfloat16:
+            return f"the kernel computes in bfloat16, and the model is in {dtype}"
+        if any(group.biases for layer in self.layers for group in layer.groups):
+            return "the kernel has no biases, and the model does"
+        assert self.fused is not None
+        return self.fused.obstacle(*self._form, capacity)
+
+    @property
+    def _form(self) -> tuple[Heads, list[list[Any]]]:
+        """What such a kernel has to know."""
+        first = self.layers[0]
+        attention, eps = first.self_attn, first.input_layernorm.eps
+        heads = Heads(attention.heads, attention.kv_heads, attention.head_dim, eps, bool(attention.head_norms))
+        return heads, [[group.plan for group in layer.groups] for layer in self.layers]
 
     @property
     def matrices(self) -> list[jax.Array]:
         """The arrays of all projections, as they lie on the device."""
-        layers = [self.layers.whole] if isinstance(self.layers, Stack) else self.layers
-        return [array for layer in layers for group in layer.groups for array in group.values]
+        return [array for layer in self.layers for group in layer.groups for array in group.values]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (…, hidden) to float32 logits (…, vocab)."""

@@ -15,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxsvd.kernels.gpu.perlayer import PerLayer, load
 from jaxsvd.kernels.gpu.shape import TOKENS, LayerShape
-from jaxsvd.kernels.gpu.stream import full, load, share
+from jaxsvd.kernels.gpu.stream import full, share
 
 SPLITS = 16  # parts of the cache that are attended to side by side, per head of keys
 NOTHING = -1e30  # the maximum of no scores
@@ -33,7 +34,7 @@ class Attention:
     position: jax.Array  # of the new token
     angles: Sequence[Any]  # cosines and sines, float32 (head_dim/2,)
     norms: Sequence[Any]  # of the heads of q and k, (layers, head_dim), or none
-    caches: Sequence[Any]  # keys and values, bfloat16 (layers, kv_heads, capacity, head_dim)
+    caches: Sequence[PerLayer]  # keys and values, (kv_heads, capacity, head_dim)
     vectors: Any
     heads: Sequence[int]
     mixed: int
@@ -87,15 +88,17 @@ class Attention:
         """The new token to the cache."""
         for cache, halves in zip(self.caches, (key, value), strict=True):
             for at, half in zip((0, self.half), halves, strict=True):
-                cache.at[self.layer, kv_head, self.position, pl.ds(at, self.half)][...] = half.astype(cache.dtype)
+                place = kv_head, self.position, pl.ds(at, self.half)
+                cache.store(place, half.astype(jnp.bfloat16), self.pairs.reduce((0,)))
 
     def fetch(self, kv_head: jax.Array, start: jax.Array) -> list[list[list[jax.Array]]]:
         """Of keys and of values, for every four of TOKENS tokens from `start` on, the halves: bfloat16."""
-        start = jnp.minimum(start, self.caches[0].shape[2] - TOKENS)  # what lies behind the end is never used
+        # What lies behind the end is never used.
+        start = jnp.minimum(start, self.caches[0].refs[0].shape[1] - TOKENS)
         rows = [start + i for i in range(0, TOKENS, 4)]
         columns = [pl.ds(at, self.half) for at in (0, self.half)]
         return [
-            [[load(cache.at[self.layer, kv_head, pl.ds(row, 4), part], self.pairs) for part in columns] for row in rows]
+            [[cache.load((kv_head, pl.ds(row, 4), part), self.pairs) for part in columns] for row in rows]
             for cache in self.caches
         ]
 

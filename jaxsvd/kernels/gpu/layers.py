@@ -12,18 +12,21 @@ Sums, norms, RoPE, softmax and the residual stream are float32; what one product
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import ptx
 from jaxsvd.kernels.gpu.attention import SPLITS, Attention
-from jaxsvd.kernels.gpu.shape import NORMED, SPAN, Group, LayerShape, roomy, whole
-from jaxsvd.kernels.gpu.stream import ROWS, SCRATCH, SUMS, Phase, Stream, Streamed, Tiles, X, load
+from jaxsvd.kernels.gpu.perlayer import PerLayer, load, table
+from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, Group, LayerShape, joined, ring, roomy, whole
+from jaxsvd.kernels.gpu.stream import SCRATCH, SUMS, Phase, Stream, Streamed, Tiles, X
 
 
 def gate(g: jax.Array, u: jax.Array) -> jax.Array:
@@ -40,7 +43,7 @@ class Products:
     None where only sizes are asked for.
     """
 
-    shape: LayerShape
+    shape: LayerShape  # of this layer
     weights: Sequence[Sequence[Any]]
     norms: Sequence[Any]
     x: Any
@@ -52,7 +55,7 @@ class Products:
         shape, (qkv, o, gate_up, down) = self.shape, self.weights
         self.mixed, inner = self._take(shape.o.inputs), self._take(shape.down.inputs)
         before, behind = (
-            X(ref, 0, shape.qkv.inputs, gain, shape.eps)
+            X(ref, 0, shape.qkv.inputs, shape.qkv.inputs, gain, shape.eps)
             for ref, gain in zip((self.x, self.middle), self.norms, strict=True)
         )
         self.before, self.heads = self._project(shape.qkv, qkv, before)
@@ -79,26 +82,26 @@ class Products:
 
         return Tiles(rows, members, store)
 
-    def _first(self, group: Group, weight: Any, x: X) -> tuple[Phase, int, X]:
-        """The product that serves a whole group, where its result begins, and the part that the second ones read."""
-        strip = self._take(sum(group.widths))
-        phase = Phase(x, [self._tiles(sum(group.widths), [Streamed(weight, group.inputs)], strip)])
-        begin, end = group.strip
-        return phase, strip, X(self.vectors, strip + begin, end - begin)
+    def _first(self, group: Group, weight: Any, x: X) -> tuple[Phase, list[Any]]:
+        """The product that serves a whole group, and where each member's result begins."""
+        strip = self._take(sum(group.most))
+        phase = Phase([x], [self._tiles(sum(group.widths), [Streamed(weight, group.inputs)], strip)])
+        return phase, [strip + start for start in group.starts]
 
-    def _second(self, group: Group, weights: Sequence[Any]) -> list[Streamed]:
-        """The V of each low-rank member."""
-        return [
-            Streamed(weight, group.widths[i], 0, group.starts[i] - group.strip[0])
-            for weight, i in zip(weights, group.low_rank, strict=True)
-        ]
+    def _second(self, group: Group, weights: Sequence[Any], places: Sequence[Any]) -> tuple[list[X], list[Streamed]]:
+        """The V of each low-rank member, and what they read, which lies at `places`."""
+        members, at = [], 0
+        for weight, i in zip(weights, group.low_rank, strict=True):
+            members.append(Streamed(weight, group.widths[i], 0, at))
+            at += roomy(group.most[i])
+        return [X(self.vectors, places[i], group.widths[i], group.most[i]) for i in group.low_rank], members
 
-    def _project(self, group: Group, weights: Sequence[Any], x: X) -> tuple[list[Phase], list[int]]:
+    def _project(self, group: Group, weights: Sequence[Any], x: X) -> tuple[list[Phase], list[Any]]:
         """The phases of a group, and where each member's result begins."""
-        phase, strip, strips = self._first(group, weights[0], x)
-        places = [strip + start for start in group.starts]
+        phase, places = self._first(group, weights[0], x)
+        strips, members = self._second(group, weights[1:], places)
         tiles = []
-        for i, member in zip(group.low_rank, self._second(group, weights[1:]), strict=True):
+        for i, member in zip(group.low_rank, members, strict=True):
             places[i] = self._take(group.outputs[i])
             tiles.append(self._tiles(group.outputs[i], [member], places[i]))
         return [phase, *([Phase(strips, tiles)] if tiles else [])], places
@@ -112,11 +115,12 @@ class Products:
         def store(row: jax.Array, sums: list[jax.Array], held: jax.Array) -> None:
             target.at[pl.ds(row, ROWS)][...] = held + sums[0]
 
-        x = X(self.vectors, source, group.inputs)
+        x = X(self.vectors, source, group.inputs, group.inputs)
         if not group.low_rank:
-            return [Phase(x, [Tiles(group.outputs[0], [Streamed(weights[0], group.inputs)], store, early)])]
-        phase, _, strip = self._first(group, weights[0], x)
-        return [phase, Phase(strip, [Tiles(group.outputs[0], self._second(group, weights[1:]), store, early)])]
+            return [Phase([x], [Tiles(group.outputs[0], [Streamed(weights[0], group.inputs)], store, early)])]
+        phase, places = self._first(group, weights[0], x)
+        strips, members = self._second(group, weights[1:], places)
+        return [phase, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
 
     def _gate(self, group: Group, weights: Sequence[Any], x: X, target: int) -> list[Phase]:
         """The phases of gate and up, whose tiles go in pairs."""
@@ -126,10 +130,10 @@ class Products:
 
         if not group.low_rank:
             members = [Streamed(weights[0], group.inputs, start) for start in group.starts]
-            return [Phase(x, [Tiles(group.outputs[0], members, lambda row, sums, _: put(row, sums))])]
-        phase, strip, strips = self._first(group, weights[0], x)
-
-        dense = {i: strip + start for i, start in enumerate(group.starts) if i not in group.low_rank}
+            return [Phase([x], [Tiles(group.outputs[0], members, lambda row, sums, _: put(row, sums))])]
+        phase, places = self._first(group, weights[0], x)
+        strips, members = self._second(group, weights[1:], places)
+        dense = {i: place for i, place in enumerate(places) if i not in group.low_rank}
 
         def early(row: jax.Array) -> dict[int, jax.Array]:
             parts = {i: load(self.vectors.at[pl.ds(start + row, ROWS)], SUMS) for i, start in dense.items()}
@@ -139,40 +143,57 @@ class Products:
             given = held | dict(zip(group.low_rank, sums, strict=True))
             put(row, [given[0], given[1]])
 
-        return [phase, Phase(strips, [Tiles(group.outputs[0], self._second(group, weights[1:]), store, early)])]
+        return [phase, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
 
 
 @cache
-def make_layers(shape: LayerShape, layers: int, blocks: int, interpret: Any = None) -> Callable[..., jax.Array]:
-    """The kernel for `layers` layers alike, on a GPU with `blocks` multiprocessors.
+def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = None) -> Callable[..., jax.Array] | None:
+    """The kernel for layers of these shapes, on a GPU with `blocks` multiprocessors; None where they differ too much.
 
     `interpret` (`plgpu.InterpretGPUParams`) runs it in Pallas' interpreter, with one block. The kernel takes
 
     - x (hidden,), the token's vector, and the position () int32 that it has;
     - cosines and sines of RoPE at the position, float32 (head_dim/2,);
     - the weights of the two norms (layers, hidden), and of those of the heads of q and k (layers, head_dim), if any;
-    - the weights of the four groups in bfloat16, (layers, outputs, inputs) each: the first product's, then each V;
-    - keys and values, references to bfloat16 (layers, kv_heads, capacity, head_dim), which get the new token: see
-      `LayerShape.obstacle`,
+    - the weights of the four groups of each layer in bfloat16, (outputs, inputs) each: the first product's, then each
+      V;
+    - keys and values, each a list of references to the bfloat16 (kv_heads, capacity, head_dim) of a layer, which get
+      the new token: see `LayerShape.obstacle`,
 
     and returns x behind the last layer, float32 (hidden,).
     """
+    shape, layers = joined(shapes), len(shapes)
+    if shape is None:
+        return None
     hidden = shape.qkv.inputs
     counts = [1 + len(group.low_rank) for group in shape.groups]
     sizes = Products(shape, [[None] * count for count in counts], (None, None), None, None, None)
     meetings = len(sizes.phases) + 2  # of a layer: attention has two of its own
+    kinds = sum(counts)
+    ranks = None if len(set(shapes)) == 1 else np.array([one.ranks for one in shapes], np.int32)
 
     def body(*refs: Any) -> None:
         take = iter(refs)
         position, *angles = (next(take) for _ in range(3))
         norms = [next(take) for _ in range(2)]
         head_norms = [next(take) for _ in range(2 if shape.head_norms else 0)]
-        weights = [[next(take) for _ in range(count)] for count in counts]
-        x, counter, *caches = (next(take) for _ in range(4))
+        ranked = None if ranks is None else next(take)
+        weights = [[next(take) for _ in range(layers)] for _ in range(kinds)]
+        x, counter = (next(take) for _ in range(2))
+        caches = [[next(take) for _ in range(layers)] for _ in range(2)]
         middle, vectors, *partial = (next(take) for _ in range(5))
+        tables = [None, None] if interpret else [next(take) for _ in range(2)]
         block = lax.axis_index("block")
-        stream = Stream(block, blocks, list(take), bool(interpret))
-        products = Products(shape, weights, norms, x, middle, vectors)
+        stream = Stream(block, blocks, slots, list(take), bool(interpret))
+
+        def of(layer: jax.Array) -> Products:
+            """A layer's products."""
+            arrays = (PerLayer(refs, layer, tables[0], kind * layers) for kind, refs in enumerate(weights))
+            groups = [list(islice(arrays, count)) for count in counts]
+            given = shape
+            if ranked is not None:
+                given = shape.of([ranked[layer, i] for i in range(ranks.shape[1])])
+            return Products(given, groups, norms, x, middle, vectors)
 
         def run(layer: jax.Array, count: jax.Array) -> jax.Array:
             met = iter(range(meetings))
@@ -181,8 +202,10 @@ def make_layers(shape: LayerShape, layers: int, blocks: int, interpret: Any = No
                 if not interpret:
                     ptx.meet(counter, (layer * meetings + next(met) + 1) * blocks)
 
+            products = of(layer)
+            cached = [PerLayer(refs, layer, tables[1], kind * layers) for kind, refs in enumerate(caches)]
             attention = Attention(
-                *(shape, layer, block, blocks, position[0], angles, head_norms, caches),
+                *(shape, layer, block, blocks, position[0], angles, head_norms, cached),
                 *(vectors, products.heads, products.mixed, *partial),
             )
             phases = products.phases
@@ -198,17 +221,27 @@ def make_layers(shape: LayerShape, layers: int, blocks: int, interpret: Any = No
             return count
 
         def fill(layer: jax.Array, count: jax.Array) -> jax.Array:
-            return stream.fill(count, layer, stream.deal(products.phases))
+            return stream.fill(count, stream.deal(of(layer).phases))
+
+        def publish(table: Any, kinds: Sequence[Sequence[Any]]) -> None:
+            if table is not None:
+                ptx.publish(table, [ref for refs in kinds for ref in refs])
 
         @pl.when(lax.axis_index("thread") == 0)
         def compute() -> None:
+            publish(tables[1], caches)
+            stream.join()
             lax.fori_loop(0, layers, run, jnp.int32(0))
 
         @pl.when(lax.axis_index("thread") == 1)
         def copy() -> None:
+            publish(tables[0], weights)
+            stream.open()
             stream.drain(lax.fori_loop(0, layers, fill, jnp.int32(0)))
 
+    slots = ring(shape.held, layers * shape.arrays)
     splits = (shape.heads, SPLITS)
+    tables = [] if interpret else [table(layers * kinds), table(layers * 2)]
     kernel = plgpu.kernel(
         body,
         out_type=[
@@ -216,7 +249,7 @@ def make_layers(shape: LayerShape, layers: int, blocks: int, interpret: Any = No
             jax.ShapeDtypeStruct((roomy(sizes.size) + SPAN,), jnp.bfloat16),
             *(jax.ShapeDtypeStruct(size, jnp.float32) for size in ((*splits, shape.head_dim), splits, splits)),
         ],
-        scratch_types=Stream.scratch(sizes.phases),
+        scratch_types=[*tables, *Stream.scratch(slots, shape.held, bool(interpret))],
         grid=(blocks,),
         grid_names=("block",),
         num_threads=2,
@@ -231,16 +264,28 @@ def make_layers(shape: LayerShape, layers: int, blocks: int, interpret: Any = No
         ),
     )
 
-    def call(x: jax.Array, position: jax.Array, cosines: jax.Array, sines: jax.Array, *rest: Any) -> jax.Array:
+    def call(
+        x: jax.Array,
+        position: jax.Array,
+        cosines: jax.Array,
+        sines: jax.Array,
+        norms: Sequence[jax.Array],
+        arrays: Sequence[Sequence[jax.Array]],
+        keys: Sequence[Any],
+        values: Sequence[Any],
+    ) -> jax.Array:
         """See `make_layers`."""
-        before, behind, *arrays, keys, values = rest
+        before, behind, *head_norms = norms
         if odd := whole(hidden, NORMED) - hidden:  # not where it need not be: it is done in every step
             before, behind = (jnp.pad(gain, ((0, 0), (0, odd))) for gain in (before, behind))
         stream = jax.new_ref(jnp.pad(x.astype(jnp.float32), (0, roomy(hidden) - hidden)))
         counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
         # A position behind the end is clamped, as XLA's dynamic slices are.
-        position = jnp.minimum(position, keys.shape[2] - 1).reshape(1)
-        kernel(position, cosines, sines, before, behind, *arrays, stream, counter, keys, values)
+        position = jnp.minimum(position, keys[0].shape[1] - 1).reshape(1)
+        weights = [array for kind in zip(*arrays, strict=True) for array in kind]
+        ranked = [] if ranks is None else [jnp.asarray(ranks)]
+        vectors = position, cosines, sines, before, behind, *head_norms, *ranked
+        kernel(*vectors, *weights, stream, counter, *keys, *values)
         return stream[...][:hidden]
 
     return call

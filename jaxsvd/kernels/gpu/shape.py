@@ -1,16 +1,24 @@
 """What is static about a stack of layers, and how wide its buffers are."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
 NORMED = 512  # elements that a norm reads at once, of x and of its weights
-WIDEST = 24 * SPAN  # what fits into shared memory beside the ring
 TOKENS = 32  # of the cache that a block attends to at once
+UNIT = 16  # widths are whole ones: 32 bytes, where copies and loads may begin
+
+SHARED = 227 * 1024  # bytes of shared memory that a block may have on Hopper
+RESERVED = 4 * 1024  # of them, for sums across warps, barriers and alignment
+SLOTS = 10  # in the ring; more were not faster
+FEWEST = 4  # slots with which it is still a ring
 
 
-def slots(width: int) -> int:
-    """How many slots a tile of this many inputs takes."""
-    return -(-width // SPAN)
+def slots(width: Any) -> Any:
+    """How many slots a tile of this many inputs takes. A shift, as the width may be known at run time only."""
+    return (width + SPAN - 1) >> (SPAN.bit_length() - 1)
 
 
 def whole(width: int, unit: int) -> int:
@@ -23,23 +31,38 @@ def roomy(width: int) -> int:
     return whole(width, SPAN)
 
 
+def ring(held: int, addresses: int) -> int:
+    """The slots for which shared memory has room beside an x of `held` elements and a table of addresses."""
+    return min(SLOTS, (SHARED - RESERVED - 2 * held - 8 * addresses) // (2 * ROWS * SPAN))
+
+
 @dataclass(frozen=True)
 class Group:
-    """Matrices that read the same x, as a kernel sees them: outputs, and padded ranks (None where dense)."""
+    """Matrices that read the same x, as a kernel sees them: outputs, and padded ranks (None where dense).
+
+    Ranks may be known at run time only; `most` are the `widths` where each is the greatest of all layers.
+    """
 
     inputs: int
     outputs: tuple[int, ...]
-    ranks: tuple[int | None, ...]
+    ranks: tuple[Any, ...]
+    most: tuple[int, ...]
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def widths(self) -> tuple[Any, ...]:
         """What each member adds to the group's first product."""
-        return tuple(rank or outputs for rank, outputs in zip(self.ranks, self.outputs, strict=True))
+        return tuple(
+            outputs if rank is None else rank for rank, outputs in zip(self.ranks, self.outputs, strict=True)
+        )
 
     @property
-    def starts(self) -> tuple[int, ...]:
+    def starts(self) -> tuple[Any, ...]:
         """Where each member begins in the first product."""
         return tuple(sum(self.widths[:i]) for i in range(len(self.widths)))
+
+    def kind(self) -> "Group":
+        """What groups of different ranks have in common."""
+        return replace(self, ranks=tuple(rank and 0 for rank in self.ranks), most=())
 
     @property
     def low_rank(self) -> list[int]:
@@ -47,10 +70,9 @@ class Group:
         return [i for i, rank in enumerate(self.ranks) if rank is not None]
 
     @property
-    def strip(self) -> tuple[int, int]:
-        """From where to where in the first product's result its low-rank members lie."""
-        first, last = (self.low_rank or [0])[0], (self.low_rank or [0])[-1]
-        return self.starts[first], self.starts[last] + self.widths[last]
+    def held(self) -> int:
+        """The elements in shared memory for what its products read: the x of the first, or those of the second ones."""
+        return max(roomy(self.inputs), sum(roomy(self.most[i]) for i in self.low_rank))
 
 
 @dataclass(frozen=True)
@@ -72,17 +94,54 @@ class LayerShape:
         """In the order of their use."""
         return self.qkv, self.o, self.gate_up, self.down
 
-    def obstacle(self, capacity: int) -> str | None:
-        """Why the kernel can't run such layers with a cache for so many tokens, or None."""
+    @property
+    def ranks(self) -> tuple[Any, ...]:
+        """Of the low-rank members of all groups."""
+        return tuple(group.ranks[i] for group in self.groups for i in group.low_rank)
+
+    def of(self, ranks: Sequence[Any]) -> "LayerShape":
+        """A layer of other ranks, the same members being low-rank."""
+        left = iter(ranks)
+        return self.with_groups(
+            replace(group, ranks=tuple(None if rank is None else next(left) for rank in group.ranks))
+            for group in self.groups
+        )
+
+    def with_groups(self, groups: Iterable[Group]) -> "LayerShape":
+        """The same with other groups."""
+        return replace(self, **dict(zip(("qkv", "o", "gate_up", "down"), groups, strict=True)))
+
+    @property
+    def arrays(self) -> int:
+        """How many a layer has that are found by their address: those of its groups, keys and values."""
+        return sum(1 + len(group.low_rank) for group in self.groups) + 2
+
+    @property
+    def held(self) -> int:
+        """The elements of a phase's x in shared memory, at most."""
+        return max(group.held for group in self.groups)
+
+    def obstacle(self, layers: int, capacity: int) -> str | None:
+        """Why the kernel can't run so many layers of this shape with a cache for so many tokens, or None."""
         sizes = [size for group in self.groups for size in (group.inputs, *group.widths, *group.outputs)]
-        odd = [size for size in sizes if size % 64]
-        widest = max(max(group.inputs, sum(group.widths)) for group in self.groups)
+        odd = [size for size in sizes if size % UNIT]
         if odd:
-            return f"widths must be multiples of 64, which {odd[0]} is not"
+            return f"widths must be multiples of {UNIT}, which {odd[0]} is not"
         if self.head_dim not in (64, 128):
             return f"heads must be 64 or 128 wide, not {self.head_dim}"
-        if widest > WIDEST:
-            return f"a multiprocessor has room for vectors of {WIDEST} elements, not {widest}"
+        if ring(self.held, layers * self.arrays) < FEWEST:
+            return f"a multiprocessor has no room for {self.held} elements and the addresses of {layers} layers"
         if capacity % TOKENS:
             return f"the cache must have room for a multiple of {TOKENS} tokens, not {capacity}"
         return None
+
+
+def joined(shapes: Sequence[LayerShape]) -> LayerShape | None:
+    """The shape of the first of several layers, with room for all; None if they differ in more."""
+    if len({shape.with_groups(map(Group.kind, shape.groups)) for shape in shapes}) > 1:
+        return None
+    columns = zip(*(shape.groups for shape in shapes), strict=True)
+    return shapes[0].with_groups(
+        replace(column[0], most=tuple(map(max, *(group.widths for group in column), column[0].widths)))
+        for column in columns
+    )

@@ -16,13 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import ptx
-from jaxsvd.kernels.gpu.shape import NORMED, SPAN, roomy, slots, whole
+from jaxsvd.kernels.gpu.perlayer import load
+from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, roomy, slots, whole
 
-ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
-SLOTS = 10  # of (ROWS, SPAN) in the ring
+PAD = 0
 SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add up
-# How a tile lies in shared memory: rows of 128 bytes whose order avoids bank conflicts.
-TRANSFORMS = (plgpu.TilingTransform((ROWS, 64)), plgpu.SwizzleTransform(128))
 
 # How four warps hold a tile: of every 128 inputs 32 each, 16 bytes to a thread, as mma wants its B.
 TILE = plgpu.Layout.TILED(
@@ -34,11 +32,6 @@ PARTIAL = plgpu.Layout.TILED(
     plgpu.Tiling(((4, 8, ROWS), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
 ).reduce((1,))
 SUMS = PARTIAL.reduce((0,))
-
-
-def load(ref: Any, layout: Any) -> jax.Array:
-    """Read a reference into registers in a layout; from global memory too, where rows may be narrow."""
-    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg] (jax 0.10 wants an index)
 
 
 def full(fill: float, shape: tuple[int, ...], layout: Any, dtype: Any = jnp.float32) -> jax.Array:
@@ -59,26 +52,27 @@ def strided(vector: int) -> Any:
 
 @dataclass(frozen=True)
 class X:
-    """What the products of a phase read: elements [start, start + width), with RMSNorm where there is a `gain`.
+    """Something that products read: elements [start, start + width), with RMSNorm where there is a `gain`.
 
     `ref` is bfloat16 without a norm and float32 with one. It is read in whole slots there, here NORMED elements at a
-    time, as `gain` is.
+    time, as `gain` is. Where the width is known at run time only, it is at most `most`.
     """
 
     ref: Any
-    start: int
-    width: int
+    start: Any
+    width: Any
+    most: int
     gain: Any = None
     eps: float = 0.0
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """Rows of a weight (n, inputs) from `row` on, which meet elements [x, x + inputs) of the phase's x."""
+    """Rows of a weight (n, inputs) from `row` on, and where what they are multiplied with lies in shared memory."""
 
-    weight: Any
-    inputs: int
-    row: int = 0
+    weight: Any  # PerLayer
+    inputs: Any
+    row: Any = 0
     x: int = 0
 
 
@@ -89,29 +83,27 @@ class Tiles:
     `early(row)` is run before a tile's products, for loads that they hide, and `store(row, sums, its result)` behind.
     """
 
-    rows: int
+    rows: Any
     members: Sequence[Streamed]
     store: Callable[[jax.Array, list[jax.Array], Any], None]
     early: Callable[[jax.Array], Any] = lambda row: None
 
     @property
-    def count(self) -> int:
+    def count(self) -> Any:
         """How many tiles of all blocks."""
-        return self.rows // ROWS
+        return self.rows >> (ROWS.bit_length() - 1)  # a shift, as for `slots`
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Products that read one x and need no meeting of the blocks between them."""
+    """Products that need no meeting of the blocks between them, and what they read.
 
-    x: X
+    Each x begins in shared memory behind the whole slots of the one before, and zeros follow it there: what a slot
+    holds behind the edge of its weight is left from another.
+    """
+
+    x: Sequence[X]
     tiles: Sequence[Tiles]
-
-    @property
-    def reach(self) -> int:
-        """Up to which element x may be multiplied with something, if only with zeros."""
-        ends = [member.x + roomy(member.inputs) for tiles in self.tiles for member in tiles.members]
-        return roomy(max(self.x.width, *ends))
 
 
 # Of a phase: its tiles, this block's first one of them, and how many it has.
@@ -124,57 +116,71 @@ class Stream:
     Both walk the same tiles in the same order, and count the slots that they have used.
     """
 
-    def __init__(self, block: jax.Array, blocks: int, scratch: Sequence[Any], interpret: bool) -> None:
-        self._block, self._blocks, self._interpret = block, blocks, interpret
-        self._ring, self._held, self._full, self._empty, self._together = scratch
+    def __init__(self, block: jax.Array, blocks: int, slots: int, scratch: Sequence[Any], interpret: bool) -> None:
+        self._block, self._blocks, self._slots, self._interpret = block, blocks, slots, interpret
+        self._ring, self._held, self._full, self._empty, self._together, self._ready = scratch
 
     @staticmethod
-    def scratch(phases: Sequence[Phase]) -> list[Any]:
+    def scratch(slots: int, held: int, interpret: bool) -> list[Any]:
         """What a block needs in shared memory."""
         return [
-            plgpu.SMEM((SLOTS, ROWS, SPAN), jnp.bfloat16, transforms=TRANSFORMS),
-            plgpu.SMEM((max(phase.reach for phase in phases),), jnp.bfloat16),
-            plgpu.Barrier(num_barriers=SLOTS),
-            plgpu.Barrier(num_barriers=SLOTS),
+            plgpu.SMEM((slots, ROWS, SPAN + PAD), jnp.bfloat16),
+            plgpu.SMEM((held,), jnp.bfloat16),
+            plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32),
+            plgpu.Barrier(num_barriers=slots),
+            plgpu.Barrier(),
             plgpu.Barrier(),
         ]
+
+    def open(self) -> None:
+        """Before `fill`: a ring of zeros, as what is behind the edge of a weight is multiplied, if only with zeros."""
+        if not self._interpret:
+            ptx.prepare(self._full)
+            layout = plgpu.Layout.WG_STRIDED((ROWS, SPAN + PAD), 2)
+            for slot in range(self._slots):
+                self._ring.at[slot][...] = full(0.0, (ROWS, SPAN + PAD), layout, jnp.bfloat16)
+            plgpu.commit_smem()
+        plgpu.barrier_arrive(self._ready)
+
+    def join(self) -> None:
+        """Before `multiply`: wait until the ring is open."""
+        plgpu.barrier_wait(self._ready)
 
     def deal(self, phases: Sequence[Phase]) -> list[Deal]:
         """What this block has of each phase.
 
         Each deal begins with the block where the one before ended, which evens out the remainders.
         """
-        shift, deals = 0, []
+        shift, deals = jnp.int32(0), []
         for phase in phases:
             deals.append([])
             for tiles in phase.tiles:
                 first = lax.rem(self._block + (self._blocks - shift), self._blocks)
                 deals[-1].append((tiles, first, share(tiles.count, first, self._blocks)))
-                shift = (shift + tiles.count) % self._blocks
+                shift = lax.rem(shift + tiles.count, self._blocks)
         return deals
 
     def _row(self, first: jax.Array, i: jax.Array) -> jax.Array:
         return (first + i * self._blocks) * ROWS
 
-    def fill(self, count: jax.Array, layer: jax.Array, deals: Sequence[Deal]) -> jax.Array:
+    def fill(self, count: jax.Array, deals: Sequence[Deal]) -> jax.Array:
         """Copy this block's tiles of a layer, in order, each as soon as there is room; the count behind them."""
         for deal in deals:
             for tiles, first, mine in deal:
 
                 def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, first: Any = first) -> jax.Array:
                     for member in tiles.members:
-                        rows = pl.ds(self._row(first, i) + member.row, ROWS)
+                        row = self._row(first, i) + member.row
 
-                        def copy(part: jax.Array, count: jax.Array, member: Any = member, rows: Any = rows) -> Any:
-                            slot = lax.rem(count, SLOTS)
+                        def copy(part: jax.Array, count: jax.Array, member: Any = member, row: Any = row) -> Any:
+                            slot = lax.rem(count, self._slots)
 
-                            @pl.when(count >= SLOTS)
+                            @pl.when(count >= self._slots)
                             def wait() -> None:
                                 plgpu.barrier_wait(self._empty.at[slot])
 
-                            # The last slot may reach over the edge, where the copy reads zeros.
-                            source = member.weight.at[layer, rows, pl.ds(part * SPAN, SPAN)]
-                            plgpu.copy_gmem_to_smem(source, self._ring.at[slot], self._full.at[slot])
+                            to = self._ring.at[slot]
+                            member.weight.fetch(row, part * SPAN, member.inputs, to, self._full, slot)
                             return count + 1
 
                         count = lax.fori_loop(0, slots(member.inputs), copy, count)
@@ -187,30 +193,36 @@ class Stream:
         """Wait until all that was copied has been used: no block may end before."""
 
         def wait(i: jax.Array, _: None) -> None:
-            plgpu.barrier_wait(self._empty.at[lax.rem(i, SLOTS)])
+            plgpu.barrier_wait(self._empty.at[lax.rem(i, self._slots)])
 
-        lax.fori_loop(jnp.maximum(count - SLOTS, 0), count, wait, None)
+        lax.fori_loop(jnp.maximum(count - self._slots, 0), count, wait, None)
 
     def hold(self, layer: jax.Array, phase: Phase) -> None:
-        """Put a phase's x into shared memory, bfloat16, zeros behind its end. All have left the one before."""
-        x = phase.x
-        size = whole(x.width, SPAN if x.gain is None else NORMED)
-        vector = 8 if x.gain is None else 4  # 16 bytes
-        layout = strided(vector)
-        values = load(x.ref.at[pl.ds(x.start, size)], layout)
-        if size > x.width:
-            inside = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) < x.width
-            values = jnp.where(inside, values, jnp.zeros((), values.dtype))
-        if x.gain is not None:
-            scale = lax.rsqrt(jnp.sum(values * values) / x.width + x.eps)
-            gain = load(x.gain.at[layer, pl.ds(0, size)], layout).astype(jnp.float32)
-            values = (values * scale * gain).astype(jnp.bfloat16)
-        self._held.at[pl.ds(0, size)][...] = values
-        if phase.reach > size:
-            rest = phase.reach - size
-            self._held.at[pl.ds(size, rest)][...] = full(0.0, (rest,), strided(4), jnp.bfloat16)
+        """Put what a phase reads into shared memory, bfloat16. All threads have left the phase before."""
+        place = 0
+        for x, values in [(x, self._read(layer, x)) for x in phase.x]:  # none waits for another
+            self._held.at[pl.ds(place, values.size)][...] = values
+            if rest := roomy(x.most) - values.size:
+                zeros = full(0.0, (rest,), strided(4), jnp.bfloat16)
+                self._held.at[pl.ds(place + values.size, rest)][...] = zeros
+            place += roomy(x.most)
         plgpu.barrier_arrive(self._together)
         plgpu.barrier_wait(self._together)
+
+    @staticmethod
+    def _read(layer: jax.Array, x: X) -> jax.Array:
+        """x as bfloat16, and zeros behind its end."""
+        size = whole(x.most, SPAN if x.gain is None else NORMED)
+        layout = strided(8 if x.gain is None else 4)  # 16 bytes
+        values = load(x.ref.at[pl.ds(x.start, size)], layout)
+        if not isinstance(x.width, int) or size > x.width:
+            inside = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) < x.width
+            values = jnp.where(inside, values, jnp.zeros((), values.dtype))
+        if x.gain is None:
+            return values
+        scale = lax.rsqrt(jnp.sum(values * values) / x.width + x.eps)
+        gain = load(x.gain.at[layer, pl.ds(0, size)], layout).astype(jnp.float32)
+        return (values * scale * gain).astype(jnp.bfloat16)
 
     def multiply(self, count: jax.Array, deal: Deal) -> jax.Array:
         """This block's tiles of a phase times the x that is held; the count behind them."""
@@ -232,9 +244,9 @@ class Stream:
         """The sums (ROWS,) of a tile whose slots begin at `count`."""
 
         def add(part: jax.Array, sums: jax.Array) -> jax.Array:
-            slot = lax.rem(count + part, SLOTS)
-            plgpu.barrier_wait(self._full.at[slot])
-            weights = load(self._ring.at[slot], TILE)
+            slot = lax.rem(count + part, self._slots)
+            self._arrival(slot, count + part)
+            weights = load(self._ring.at[slot, :, pl.ds(0, SPAN)], TILE)
             x = load(self._held.at[pl.ds(member.x + part * SPAN, SPAN)], INPUTS)
             plgpu.barrier_arrive(self._empty.at[slot])
             if not self._interpret:
@@ -245,3 +257,9 @@ class Stream:
 
         sums = lax.fori_loop(0, slots(member.inputs), add, full(0.0, (4, ROWS), PARTIAL))
         return jnp.sum(sums, axis=0)
+
+    def _arrival(self, slot: jax.Array, count: jax.Array) -> None:
+        if self._interpret:
+            plgpu.barrier_wait(self._full.at[slot])
+        else:
+            ptx.wait(self._full, slot, lax.rem(lax.div(count, self._slots), 2))
