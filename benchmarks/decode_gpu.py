@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsvd.bench import launches
 from jaxsvd.bench.contenders import random
 from jaxsvd.cache import KVCache
 from jaxsvd.engine import Engine
@@ -26,13 +27,13 @@ from jaxsvd.sampling import SamplingParams, mode_of, sampler_of
 
 # (model, keep, backend): (rows, tokens in the cache, its capacity) of each decode, and prompts to prefill.
 CASES = [
-    (("qwen3-4b", 0.8, "gpu"), [(1, 512, 1024), (1, 8192, 8704), (8, 512, 1024)], [2048]),
-    (("qwen3-4b", 0.8, "xla"), [(1, 512, 1024), (8, 512, 1024)], [2048]),
-    (("qwen3-4b", None, "gpu"), [(1, 512, 1024)], [2048]),
-    (("qwen3-4b", None, "xla"), [(1, 512, 1024)], []),
+    (("qwen3-4b", 0.8, "gpu"), [(1, 512, 1024), (1, 8192, 8704)], [2048, 8192]),
+    (("qwen3-4b", 0.8, "xla"), [(1, 512, 1024), (8, 512, 1024)], []),
+    (("qwen3-4b", None, "gpu"), [(1, 512, 1024), (8, 512, 1024)], [2048]),
+    (("qwen3-4b", None, "xla"), [(1, 512, 1024), (8, 512, 1024)], []),
     (("qwen3-4b", 0.5, "gpu"), [(1, 512, 1024)], []),
-    (("llama-2-7b", 0.5, "gpu"), [(1, 512, 1024)], []),
     (("llama-3.2-1b", 0.8, "gpu"), [(1, 512, 1024)], []),
+    (("llama-2-7b", 0.5, "gpu"), [(1, 512, 1024)], []),
 ]
 DISPATCHES, RUNS = 16, 6
 
@@ -55,8 +56,14 @@ def decode(engine: Engine, batch: int, cached: int, capacity: int) -> dict:
             _, cache, token, _ = step(engine.leaves, cache, token, None, sampler)
         jax.block_until_ready(token)
         times.append(1e3 * (time.perf_counter() - begin) / DISPATCHES / engine.steps_per_dispatch)
-    temporary = step.memory_analysis().temp_size_in_bytes
-    return {"batch": batch, "cached": cached, "ms": times[1:], "temporary_bytes": temporary}
+    started = launches.count(step.as_text())
+    return {
+        "batch": batch,
+        "cached": cached,
+        "ms": times[1:],
+        "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
+        "launches": started and started / engine.steps_per_dispatch,
+    }
 
 
 def prefill(engine: Engine, tokens: int) -> dict:
@@ -83,8 +90,9 @@ def main() -> None:
         "results": [],
     }
     for (model, keep, backend), decodes, prompts in CASES:
-        engine = random("model", model, keep, 128, backend).engine
-        kind = {"model": model, "keep": keep, "backend": backend}
+        made = random("model", model, keep, 128, backend)
+        engine = made.engine
+        kind = {"model": model, "keep": keep, "backend": backend, "load_seconds": made.load_seconds}
         for batch, cached, capacity in decodes:
             floor = 1e3 * engine.step_bytes(cached * batch) / args.bandwidth
             found["results"].append(kind | decode(engine, batch, cached, capacity) | {"floor_ms": floor})
@@ -94,7 +102,7 @@ def main() -> None:
             show(found["results"][-1])
         if args.out:  # what there is, should the machine be taken away
             args.out.write_text(json.dumps(found, indent=1) + "\n")
-        del engine
+        del made, engine
         gc.collect()  # the next one needs the memory
 
 

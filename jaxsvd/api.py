@@ -271,7 +271,8 @@ def load(
             accelerators, float32 on CPU, where the others are many times slower.
         backend: who multiplies: "xla"; "neuron", the kernels for Trainium; "neuron-emulated", these kernels in NumPy,
             thousands of times slower; "gpu", one kernel for all layers of a step of one row, on Hopper GPUs with jax
-            0.11 or later, XLA for the rest; or "auto": "neuron" where it can be had, else "xla".
+            0.11 or later, XLA for the rest; or "auto": "neuron" or, for bfloat16, "gpu" where they
+            can be had, else "xla".
         progress: a progress bar on stderr; by default where stderr is a terminal.
         steps_per_dispatch: tokens decoded per call of the device; default 2 on CPU, 8 elsewhere.
         buckets: the lengths that steps are compiled for: "auto", "off", "128,1024" or "PROMPTS/CACHES"
@@ -284,7 +285,8 @@ def load(
     an artefact of another model or out of date, JaxsvdError for a kernel that does not give what XLA gives.
     """
     start = time.perf_counter()
-    chosen, kernel = dtype_of(dtype), kernels.choose(backend)
+    chosen = dtype_of(dtype)
+    kernel = kernels.choose(backend, dtype=chosen)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(hub.resolve(model))
     folder = checkpoint.folder
     ends = end_of_text_ids(folder, checkpoint.raw)
@@ -334,7 +336,8 @@ def compile_ahead(
     """
     folder = Path(artifacts).expanduser().absolute()
     artefacts.check_artifact_target(folder, force)
-    chosen, kernel = dtype_of(dtype), kernels.choose(backend)
+    chosen = dtype_of(dtype)
+    kernel = kernels.choose(backend, dtype=chosen)
     if kernel.name == "neuron-emulated":
         raise UsageError("the backend neuron-emulated runs in Python: it can't be compiled ahead; take another backend")
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(hub.resolve(model))

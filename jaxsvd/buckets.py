@@ -15,6 +15,7 @@ from jaxsvd.errors import UsageError
 SMALLEST = 128  # below it a step costs an accelerator as much: it reads the weights
 SMALLEST_PREFILL_ON_CPU = 16  # a CPU pays for every padded token
 CHUNK = 512  # the largest prefill bucket of "auto" and "off": longer prompts go through it piece by piece
+CHUNK_ON_GPU = 2048  # which multiplies fewer tokens at once more slowly
 
 
 class Buckets(NamedTuple):
@@ -74,8 +75,8 @@ def buckets(rule: str, positions: int, platform: str, max_length: int | None = N
 
     Args:
         rule: "auto", powers of two from 128 (for prompts on a CPU from 16) up to the longest text; "off", one bucket
-            for the longest text; or lengths, "128,1024". The first two cut prompts into chunks of 512 tokens.
-            A rule is for prompts and caches alike; "PROMPTS/CACHES" gives each its own: "off/auto", "64,512/1024,4096".
+            for the longest text; or lengths, "128,1024". The first two cut prompts into chunks of 512 tokens, on a GPU
+            of 2048. A rule is for prompts and caches alike; "PROMPTS/CACHES" gives each its own: "off/auto", "64,512/1024,4096".
         positions: the tokens that the model can tell apart.
         platform: JAX's name of it.
         max_length: the longest text; default: what the lengths for caches allow, else all positions.
@@ -94,7 +95,8 @@ def buckets(rule: str, positions: int, platform: str, max_length: int | None = N
         raise UsageError(f"max_length is {length}: the model has {positions} positions, give 1 to {positions}")
     if first in ("auto", "off"):
         lowest = SMALLEST_PREFILL_ON_CPU if platform == "cpu" else SMALLEST
-        prefill = powers_of_two(lowest, min(length, CHUNK)) if first == "auto" else (min(length, CHUNK),)
+        chunk = min(length, CHUNK_ON_GPU if platform == "gpu" else CHUNK)
+        prefill = powers_of_two(lowest, chunk) if first == "auto" else (chunk,)
     else:
         prefill = _lengths(rule, first)
     found = Buckets(prefill, (), length)

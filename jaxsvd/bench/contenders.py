@@ -99,9 +99,10 @@ def random(
     Raises UsageError for a model whose shape is not known, and a keep that no rank gives.
     """
     start = time.perf_counter()
-    config, kernel = config_of(model), kernels.choose(backend)
+    config, chosen = config_of(model), api.dtype_of(dtype)
+    kernel = kernels.choose(backend, dtype=chosen)
     lengths = api.lengths_of(config, buckets, max_length)
-    weights = AbstractWeights(api.dtype_of(dtype), ranks_of(config, keep, multiple) if keep else None)
+    weights = AbstractWeights(chosen, ranks_of(config, keep, multiple) if keep else None)
     graph, state = nnx.split(build(config, weights, kernel))
     leaves, tree = jax.tree.flatten(state)
     values = [_draw(i, leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]

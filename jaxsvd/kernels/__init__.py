@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsvd.errors import UsageError
@@ -134,13 +135,13 @@ class Fused(Protocol):
 BACKENDS = ("auto", "xla", "gpu", "neuron", "neuron-emulated")
 
 
-def choose(backend: str = "auto", platform: str | None = None) -> Backend:
+def choose(backend: str = "auto", platform: str | None = None, dtype: Any = jnp.bfloat16) -> Backend:
     """The backend of that name, for a platform (default: JAX's own). XLA is the oracle of every other one.
 
-    "auto" is Neuron's kernels on platform neuron where they can be called, and XLA everywhere else; "neuron-emulated"
-    runs these kernels in NumPy, slowly, on any platform but that. "gpu" is chosen by name only, as it is faster for one
-    row and slower for several. Raises UsageError for a name that there is no backend for, and where "gpu" or "neuron"
-    is asked for and can't be had.
+    "auto" is Neuron's kernels on platform neuron where they can be called; on a GPU the kernel for all layers where it
+    runs and the model's `dtype` is its own; and XLA everywhere else. "neuron-emulated" runs Neuron's kernels in NumPy,
+    slowly, on any platform but that. Raises UsageError for a name that there is no backend for, and where "gpu" or
+    "neuron" is asked for and can't be had.
     """
     if backend not in BACKENDS:
         raise UsageError(f"there is no backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -156,14 +157,16 @@ def choose(backend: str = "auto", platform: str | None = None) -> Backend:
         if backend == "neuron":
             raise UsageError(obstacle)
         logger.warning("XLA multiplies, not the kernels for Neuron: %s", obstacle)
-    if backend == "gpu":
+    if backend == "gpu" or (backend == "auto" and platform == "gpu" and dtype == jnp.bfloat16):
         from jaxsvd.kernels.gpu import GPU, obstacle
 
         device = jax.local_devices()[0]
         found = obstacle(device)
-        if found is not None:
+        if found is None:
+            return GPU(cores=device.core_count)
+        if backend == "gpu":
             raise UsageError(found)
-        return GPU(cores=device.core_count)
+        logger.info("XLA decodes: %s", found)
     from jaxsvd.kernels.xla import XLA
 
     return XLA(platform, len(os.sched_getaffinity(0)))

@@ -19,8 +19,14 @@ from jaxsvd.kernels.gpu.perlayer import PerLayer, load
 from jaxsvd.kernels.gpu.shape import TOKENS, LayerShape
 from jaxsvd.kernels.gpu.stream import full, share
 
-SPLITS = 16  # parts of the cache that are attended to side by side, per head of keys
+UNITS = 128  # parts of the cache that are attended to side by side, of all heads of keys: some one to a block
+SPLITS = 16  # of them per head of keys, at most
 NOTHING = -1e30  # the maximum of no scores
+
+
+def splits(kv_heads: int) -> int:
+    """Into how many parts the cache of a head of keys is cut."""
+    return min(SPLITS, max(1, UNITS // kv_heads))
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,9 @@ class Attention:
     vectors: Any
     heads: Sequence[int]
     mixed: int
-    parts: Any  # float32 (heads, SPLITS, head_dim): what each part of the cache mixes, not yet divided by its total
-    tops: Any  # float32 (heads, SPLITS): the greatest score of each part
-    totals: Any  # float32 (heads, SPLITS): the sum of the exponentials there
+    parts: Any  # float32 (heads, splits, head_dim): what each part of the cache mixes, not yet divided by its total
+    tops: Any  # float32 (heads, splits): the greatest score of each part
+    totals: Any  # float32 (heads, splits): the sum of the exponentials there
 
     @property
     def half(self) -> int:
@@ -103,15 +109,16 @@ class Attention:
         ]
 
     def attend(self) -> None:
-        """The parts, `SPLITS` a head of keys, dealt out to the blocks; the first also attends to the new token."""
+        """The parts, dealt out to the blocks; the first of each head of keys also attends to the new token."""
         shape, half, token = self.shape, self.half, self.pairs.reduce((1,))
+        parts = splits(shape.kv_heads)
         group = shape.heads // shape.kv_heads
 
-        @self.every(shape.kv_heads * SPLITS)
+        @self.every(shape.kv_heads * parts)
         def item(index: jax.Array) -> None:
-            kv_head, split = lax.div(index, SPLITS), lax.rem(index, SPLITS)
+            kv_head, split = lax.div(index, parts), lax.rem(index, parts)
             # Each part has the same number of tokens, whole tiles of them; the last ones may have none.
-            length = lax.div(self.position + (SPLITS * TOKENS - 1), SPLITS * TOKENS) * TOKENS
+            length = lax.div(self.position + (parts * TOKENS - 1), parts * TOKENS) * TOKENS
             begin = split * length
             end = jnp.minimum(begin + length, self.position)
             tiles = lax.div(jnp.maximum(end - begin, 0) + (TOKENS - 1), TOKENS)
@@ -171,7 +178,7 @@ class Attention:
 
         @self.every(self.shape.heads)
         def item(head: jax.Array) -> None:
-            tops = [self.tops[head, split] for split in range(SPLITS)]
+            tops = [self.tops[head, split] for split in range(splits(self.shape.kv_heads))]
             greatest = reduce(jnp.maximum, tops)
             weights = [jnp.exp(top - greatest) for top in tops]
             total = reduce(jnp.add, [weight * self.totals[head, split] for split, weight in enumerate(weights)])

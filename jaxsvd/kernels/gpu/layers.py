@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import ptx
-from jaxsvd.kernels.gpu.attention import SPLITS, Attention
+from jaxsvd.kernels.gpu.attention import Attention, splits
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load, table
 from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, Group, LayerShape, joined, ring, roomy, whole
 from jaxsvd.kernels.gpu.stream import SCRATCH, SUMS, Phase, Stream, Streamed, Tiles, X
@@ -147,8 +147,8 @@ class Products:
 
 
 @cache
-def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = None) -> Callable[..., jax.Array] | None:
-    """The kernel for layers of these shapes, on a GPU with `blocks` multiprocessors; None where they differ too much.
+def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = None) -> Callable[..., jax.Array]:
+    """The kernel for layers of these shapes, which differ in ranks only, on a GPU with `blocks` multiprocessors.
 
     `interpret` (`plgpu.InterpretGPUParams`) runs it in Pallas' interpreter, with one block. The kernel takes
 
@@ -163,8 +163,7 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
     and returns x behind the last layer, float32 (hidden,).
     """
     shape, layers = joined(shapes), len(shapes)
-    if shape is None:
-        return None
+    assert shape is not None
     hidden = shape.qkv.inputs
     counts = [1 + len(group.low_rank) for group in shape.groups]
     sizes = Products(shape, [[None] * count for count in counts], (None, None), None, None, None)
@@ -190,9 +189,7 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
             """A layer's products."""
             arrays = (PerLayer(refs, layer, tables[0], kind * layers) for kind, refs in enumerate(weights))
             groups = [list(islice(arrays, count)) for count in counts]
-            given = shape
-            if ranked is not None:
-                given = shape.of([ranked[layer, i] for i in range(ranks.shape[1])])
+            given = shape if ranked is None else shape.of([ranked[layer, i] for i in range(len(shape.ranks))])
             return Products(given, groups, norms, x, middle, vectors)
 
         def run(layer: jax.Array, count: jax.Array) -> jax.Array:
@@ -240,14 +237,14 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
             stream.drain(lax.fori_loop(0, layers, fill, jnp.int32(0)))
 
     slots = ring(shape.held, layers * shape.arrays)
-    splits = (shape.heads, SPLITS)
+    parts = (shape.heads, splits(shape.kv_heads))
     tables = [] if interpret else [table(layers * kinds), table(layers * 2)]
     kernel = plgpu.kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((roomy(hidden),), jnp.float32),
             jax.ShapeDtypeStruct((roomy(sizes.size) + SPAN,), jnp.bfloat16),
-            *(jax.ShapeDtypeStruct(size, jnp.float32) for size in ((*splits, shape.head_dim), splits, splits)),
+            *(jax.ShapeDtypeStruct(size, jnp.float32) for size in ((*parts, shape.head_dim), parts, parts)),
         ],
         scratch_types=[*tables, *Stream.scratch(slots, shape.held, bool(interpret))],
         grid=(blocks,),

@@ -97,6 +97,7 @@ def meet(counter: Any, target: jax.Array) -> None:
 
     _inline((plgpu.RefType(), NUMBER), run, counter, target)
 
+
 def publish(table: Any, refs: Sequence[Any]) -> None:
     """Write the addresses of arrays in global memory to `table` (n, 2) int32 in shared memory: for one warpgroup."""
 
@@ -156,7 +157,7 @@ def store(
 
 
 def _barrier(barriers: Any, slot: Any) -> Any:
-    return utils.BarrierRef(utils.memref_ptr(barriers), slot.registers.item(), None, 1)
+    return utils.BarrierRef(utils.memref_ptr(barriers), slot.registers.item(), None, 1)  # type: ignore[arg-type] (no phases)
 
 
 def prepare(barriers: Any) -> None:

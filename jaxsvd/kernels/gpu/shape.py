@@ -51,9 +51,7 @@ class Group:
     @property
     def widths(self) -> tuple[Any, ...]:
         """What each member adds to the group's first product."""
-        return tuple(
-            outputs if rank is None else rank for rank, outputs in zip(self.ranks, self.outputs, strict=True)
-        )
+        return tuple(outputs if rank is None else rank for rank, outputs in zip(self.ranks, self.outputs, strict=True))
 
     @property
     def starts(self) -> tuple[Any, ...]:

@@ -19,7 +19,6 @@ from jaxsvd.kernels.gpu import ptx
 from jaxsvd.kernels.gpu.perlayer import load
 from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, roomy, slots, whole
 
-PAD = 0
 SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add up
 
 # How four warps hold a tile: of every 128 inputs 32 each, 16 bytes to a thread, as mma wants its B.
@@ -124,7 +123,7 @@ class Stream:
     def scratch(slots: int, held: int, interpret: bool) -> list[Any]:
         """What a block needs in shared memory."""
         return [
-            plgpu.SMEM((slots, ROWS, SPAN + PAD), jnp.bfloat16),
+            plgpu.SMEM((slots, ROWS, SPAN), jnp.bfloat16),
             plgpu.SMEM((held,), jnp.bfloat16),
             plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32),
             plgpu.Barrier(num_barriers=slots),
@@ -136,9 +135,9 @@ class Stream:
         """Before `fill`: a ring of zeros, as what is behind the edge of a weight is multiplied, if only with zeros."""
         if not self._interpret:
             ptx.prepare(self._full)
-            layout = plgpu.Layout.WG_STRIDED((ROWS, SPAN + PAD), 2)
+            layout = plgpu.Layout.WG_STRIDED((ROWS, SPAN), 8)
             for slot in range(self._slots):
-                self._ring.at[slot][...] = full(0.0, (ROWS, SPAN + PAD), layout, jnp.bfloat16)
+                self._ring.at[slot][...] = full(0.0, (ROWS, SPAN), layout, jnp.bfloat16)
             plgpu.commit_smem()
         plgpu.barrier_arrive(self._ready)
 
@@ -215,13 +214,13 @@ class Stream:
         size = whole(x.most, SPAN if x.gain is None else NORMED)
         layout = strided(8 if x.gain is None else 4)  # 16 bytes
         values = load(x.ref.at[pl.ds(x.start, size)], layout)
+        gain = None if x.gain is None else load(x.gain.at[layer, pl.ds(0, size)], layout).astype(jnp.float32)
         if not isinstance(x.width, int) or size > x.width:
             inside = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) < x.width
             values = jnp.where(inside, values, jnp.zeros((), values.dtype))
-        if x.gain is None:
+        if gain is None:
             return values
         scale = lax.rsqrt(jnp.sum(values * values) / x.width + x.eps)
-        gain = load(x.gain.at[layer, pl.ds(0, size)], layout).astype(jnp.float32)
         return (values * scale * gain).astype(jnp.bfloat16)
 
     def multiply(self, count: jax.Array, deal: Deal) -> jax.Array:
@@ -246,7 +245,7 @@ class Stream:
         def add(part: jax.Array, sums: jax.Array) -> jax.Array:
             slot = lax.rem(count + part, self._slots)
             self._arrival(slot, count + part)
-            weights = load(self._ring.at[slot, :, pl.ds(0, SPAN)], TILE)
+            weights = load(self._ring.at[slot], TILE)
             x = load(self._held.at[pl.ds(member.x + part * SPAN, SPAN)], INPUTS)
             plgpu.barrier_arrive(self._empty.at[slot])
             if not self._interpret:

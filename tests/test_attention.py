@@ -1,0 +1,32 @@
+"""Flash attention, with XLA's implementation of it in the place of cuDNN's, which only a GPU has."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsvd.attention import attend, flash, has_flash
+
+BATCH, HEADS, KV_HEADS, WIDTH = 2, 6, 2, 16
+ON_GPU = jax.default_backend() == "gpu"
+
+
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("cudnn", marks=pytest.mark.skipif(not ON_GPU, reason="needs a GPU"))]
+)
+@pytest.mark.parametrize(("tokens", "capacity", "starts"), [(24, 24, [0, 0]), (8, 24, [16, 16]), (8, 32, [0, 11])])
+def test_flash_is_the_same(tokens, capacity, starts, implementation, rng):
+    """A prompt that fills the cache, one that goes on to its end, and rows that begin at different places."""
+    dtype = jnp.float32 if implementation == "xla" else jnp.bfloat16
+    queries = jnp.asarray(rng.standard_normal((BATCH, HEADS, tokens, WIDTH)), dtype)
+    keys, values = (jnp.asarray(rng.standard_normal((BATCH * KV_HEADS, capacity, WIDTH)), dtype) for _ in range(2))
+    positions = jnp.array(starts)[:, None] + jnp.arange(tokens)
+    exact = attend(*(x.astype(jnp.float32) for x in (queries, keys, values)), positions)
+    found = flash(queries, keys, values, positions, implementation)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(np.asarray(found, np.float32), exact, atol=1e-5 if dtype == jnp.float32 else 3e-2)
+
+
+def test_who_has_flash():
+    assert not has_flash(jnp.dtype(jnp.float32), 128)
+    assert has_flash(jnp.dtype(jnp.bfloat16), 128) == ON_GPU
