@@ -76,7 +76,8 @@ def buckets(rule: str, positions: int, platform: str, max_length: int | None = N
     Args:
         rule: "auto", powers of two from 128 (for prompts on a CPU from 16) up to the longest text; "off", one bucket
             for the longest text; or lengths, "128,1024". The first two cut prompts into chunks of 512 tokens, on a GPU
-            of 2048. A rule is for prompts and caches alike; "PROMPTS/CACHES" gives each its own: "off/auto", "64,512/1024,4096".
+            of 2048. A rule is for prompts and caches alike; "PROMPTS/CACHES" gives each its own: "off/auto",
+            "64,512/1024,4096".
         positions: the tokens that the model can tell apart.
         platform: JAX's name of it.
         max_length: the longest text; default: what the lengths for caches allow, else all positions.

@@ -35,8 +35,8 @@ def check(model: Llama) -> None:
         cache = empty_cache(model.config, 1, CAPACITY, model.embed_tokens.weight.dtype)
         expected, known = model(tokens, cache, jnp.zeros((1,), jnp.int32))
         # What is behind the first token is taken away, so that the kernel has to write it.
-        given = [[cached.at[:, 1:].set(0) for cached in kind] for kind in (known.keys, known.values)]
-        actual, cache = model(tokens[:, 1:], KVCache(*given, known.lengths), jnp.ones((1,), jnp.int32))
+        keys, values = ([cached.at[:, 1:].set(0) for cached in kind] for kind in (known.keys, known.values))
+        actual, cache = model(tokens[:, 1:], KVCache(keys, values, known.lengths), jnp.ones((1,), jnp.int32))
         return _seen(actual[:, 0], cache), _seen(expected[:, 1], known)
 
     pairs = zip(*both(state, jnp.arange(2)[None]), strict=True)
