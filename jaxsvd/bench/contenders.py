@@ -59,12 +59,12 @@ class Contender(NamedTuple):
         return self.engine.step_bytes(cached) + more * self.engine.dtype.itemsize
 
 
-def backends_of(backend: str) -> list[str]:
-    """Who is measured where `backend` is asked for: it, and XLA beside it where it is another one.
+def backends_of(backend: str, dtype: Any = None) -> list[str]:
+    """Who is measured where `backend` is asked for and weights of `dtype`: it, and XLA beside it if it is another one.
 
     Without XLA's own figures, a kernel's gain could not be told from that of low rank.
     """
-    chosen = kernels.choose(backend).name
+    chosen = kernels.choose(backend, dtype=api.dtype_of(dtype)).name
     return [chosen] if chosen == "xla" else [chosen, "xla"]
 
 

@@ -96,7 +96,7 @@ def _contenders(args: argparse.Namespace) -> list["Contender"]:
     progress = False if args.quiet else None
     multiple = RANK_MULTIPLE if args.rank_multiple is None else args.rank_multiple
     found = []
-    for backend in contenders.backends_of(args.backend):
+    for backend in contenders.backends_of(args.backend, args.dtype):
         if args.random:
             keeps = {"model": args.keep} if args.keep is None else {"model": args.keep, "compare": None}
             found += [

@@ -145,7 +145,9 @@ def test_xla_runs_in_turns_with_another_backend(answer, tiny_llama, monkeypatch)
         name: str = "other"
 
     chosen = kernels.choose
-    monkeypatch.setattr(kernels, "choose", lambda name="auto", *_: Other("cpu") if name == "other" else chosen(name))
+    monkeypatch.setattr(
+        kernels, "choose", lambda name="auto", *_, **__: Other("cpu") if name == "other" else chosen(name)
+    )
     found = answer("--backend", "other")
     assert models_of(found) == [("model", "other"), ("model", "xla")]
     assert [gain["backend"] for gain in found["batches"][0]["speedups"]] == ["xla"]
