@@ -18,13 +18,11 @@ from jax import numpy as jnp
 from jaxsvd import artifacts as artefacts
 from jaxsvd import hub, kernels
 from jaxsvd.artifacts import Artifact
-from jaxsvd.buckets import Buckets
-from jaxsvd.buckets import buckets as buckets_of
 from jaxsvd.checkpoint.read import Checkpoint
 from jaxsvd.config import ModelConfig, end_of_text_ids
-from jaxsvd.engine import Engine, Score
+from jaxsvd.engine import Engine, Score, lengths_of
 from jaxsvd.errors import UsageError
-from jaxsvd.models.check import check
+from jaxsvd.models.check import CAPACITY, check
 from jaxsvd.progress import bar
 from jaxsvd.sampling import per_row
 from jaxsvd.tokenizer import Message, StopMatcher, TextStream, Tokenizer, has_tokenizer
@@ -286,8 +284,9 @@ def load(
     """
     start = time.perf_counter()
     chosen = dtype_of(dtype)
-    kernel = kernels.choose(backend, dtype=chosen)
+    kernels.choose(backend)  # or what it refuses would be told only when the model is there
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(hub.resolve(model))
+    kernel = backend_of(checkpoint, backend, chosen)
     folder = checkpoint.folder
     ends = end_of_text_ids(folder, checkpoint.raw)
     held = None if artifacts is None else artefacts.find(artifacts)
@@ -296,14 +295,20 @@ def load(
     if held and buckets is None and max_length is None:
         lengths = held.buckets
     else:
-        lengths = lengths_of(checkpoint.config, buckets, max_length)
+        lengths = lengths_of(checkpoint.config, chosen, buckets, max_length)
     if held:
         held.check(artefacts.identity(checkpoint, chosen, kernel, lengths, steps_per_dispatch))
     use_compilation_cache()
     name, total = f"loading {folder.name}", checkpoint.files.nbytes
     with bar(name, total, "B", progress, unit_scale=True, leave=False) as shown:
         built = checkpoint.load(kernel, chosen, shown.update)
-    check(built)
+    try:
+        check(built)
+    except Exception as error:  # whatever compiling a kernel ends with, where nobody has asked for it
+        if backend != "auto":
+            raise
+        logger.warning("XLA decodes, not the kernel for all layers, which failed: %s", error)
+        return load(checkpoint, dtype, "xla", progress, steps_per_dispatch, buckets, max_length)
     engine = Engine(built, lengths, steps_per_dispatch, held)
     jax.block_until_ready(engine.leaves)
     return LanguageModel(folder, checkpoint.config, engine, ends, time.perf_counter() - start)
@@ -337,11 +342,11 @@ def compile_ahead(
     folder = Path(artifacts).expanduser().absolute()
     artefacts.check_artifact_target(folder, force)
     chosen = dtype_of(dtype)
-    kernel = kernels.choose(backend, dtype=chosen)
-    if kernel.name == "neuron-emulated":
+    if kernels.choose(backend).name == "neuron-emulated":
         raise UsageError("the backend neuron-emulated runs in Python: it can't be compiled ahead; take another backend")
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(hub.resolve(model))
-    lengths = lengths_of(checkpoint.config, buckets, max_length)
+    kernel = backend_of(checkpoint, backend, chosen)
+    lengths = lengths_of(checkpoint.config, chosen, buckets, max_length)
     steps = default_steps() if steps_per_dispatch is None else steps_per_dispatch
     engine = Engine(checkpoint.describe(kernel, chosen), lengths, steps)
     said = artefacts.identity(checkpoint, chosen, kernel, lengths, steps)
@@ -362,9 +367,18 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def lengths_of(config: ModelConfig, rule: str | None, max_length: int | None) -> Buckets:
-    """The lengths that `load` compiles for. Raises UsageError for a rule or a length that can't be used."""
-    return buckets_of("auto" if rule is None else rule, config.max_positions, jax.default_backend(), max_length)
+def backend_of(checkpoint: Checkpoint, backend: str, dtype: Any) -> kernels.Backend:
+    """`kernels.choose` for a model: where a kernel for all layers can't run it, "auto" leaves it to XLA.
+
+    XLA could run it as that backend lays it out, too, but more slowly.
+    """
+    chosen = kernels.choose(backend, dtype=dtype)
+    if backend == "auto" and chosen.fused is not None:
+        obstacle = checkpoint.describe(chosen, dtype).obstacle(CAPACITY)
+        if obstacle is not None:
+            logger.warning("XLA decodes, not the kernel for all layers: %s", obstacle)
+            return kernels.choose("xla")
+    return chosen
 
 
 def default_steps() -> int:

@@ -6,6 +6,8 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 
+AMPERE = 8.0  # the first GPUs' compute capability for which cuDNN has it
+
 logger = logging.getLogger("jaxsvd")
 
 
@@ -62,8 +64,11 @@ def flash(
 
 @cache
 def has_flash(dtype: jnp.dtype, width: int) -> bool:
-    """Whether cuDNN takes heads of that dtype and width here."""
+    """Whether cuDNN takes heads of that dtype and width here: JAX asks it all but the GPU's generation."""
     if jax.default_backend() != "gpu" or dtype == jnp.float32:
+        return False
+    generation = getattr(jax.local_devices()[0], "compute_capability", "0")
+    if float(generation) < AMPERE:
         return False
     heads, cached, positions = ((1, 1, 64, width), dtype), ((1, 64, width), dtype), ((1, 64), jnp.int32)
     try:

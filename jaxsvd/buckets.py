@@ -15,7 +15,8 @@ from jaxsvd.errors import UsageError
 SMALLEST = 128  # below it a step costs an accelerator as much: it reads the weights
 SMALLEST_PREFILL_ON_CPU = 16  # a CPU pays for every padded token
 CHUNK = 512  # the largest prefill bucket of "auto" and "off": longer prompts go through it piece by piece
-CHUNK_ON_GPU = 2048  # which multiplies fewer tokens at once more slowly
+CHUNK_WITH_FLASH = 2048  # where attention keeps no scores: a GPU multiplies fewer tokens at once more slowly
+GRAIN_ON_GPU = 32  # its kernel attends to so many tokens at once, and caches have room for whole ones
 
 
 class Buckets(NamedTuple):
@@ -70,17 +71,18 @@ def powers_of_two(lowest: int, highest: int) -> tuple[int, ...]:
     return (*(2**i for i in range(lowest.bit_length() - 1, (highest - 1).bit_length()) if 2**i < highest), highest)
 
 
-def buckets(rule: str, positions: int, platform: str, max_length: int | None = None) -> Buckets:
+def buckets(rule: str, positions: int, platform: str, max_length: int | None = None, chunk: int = CHUNK) -> Buckets:
     """The buckets of a model with so many `positions`.
 
     Args:
         rule: "auto", powers of two from 128 (for prompts on a CPU from 16) up to the longest text; "off", one bucket
-            for the longest text; or lengths, "128,1024". The first two cut prompts into chunks of 512 tokens, on a GPU
-            of 2048. A rule is for prompts and caches alike; "PROMPTS/CACHES" gives each its own: "off/auto",
+            for the longest text; or lengths, "128,1024". The first two cut prompts into pieces of `chunk` tokens. A
+            rule is for prompts and caches alike; "PROMPTS/CACHES" gives each its own: "off/auto",
             "64,512/1024,4096".
         positions: the tokens that the model can tell apart.
         platform: JAX's name of it.
         max_length: the longest text; default: what the lengths for caches allow, else all positions.
+        chunk: the tokens of a prompt that go through the model at once, unless the rule says so.
 
     Raises UsageError for a rule that can't be used, naming what is wrong.
     """
@@ -96,7 +98,9 @@ def buckets(rule: str, positions: int, platform: str, max_length: int | None = N
         raise UsageError(f"max_length is {length}: the model has {positions} positions, give 1 to {positions}")
     if first in ("auto", "off"):
         lowest = SMALLEST_PREFILL_ON_CPU if platform == "cpu" else SMALLEST
-        chunk = min(length, CHUNK_ON_GPU if platform == "gpu" else CHUNK)
+        chunk = min(length, chunk)
+        if platform == "gpu":
+            chunk = -(-chunk // GRAIN_ON_GPU) * GRAIN_ON_GPU
         prefill = powers_of_two(lowest, chunk) if first == "auto" else (chunk,)
     else:
         prefill = _lengths(rule, first)

@@ -24,7 +24,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """The tokens that a row can hold."""
-        return self.keys[0].shape[-2]
+        return self.keys[0].shape[1]
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsvd.buckets import Buckets, buckets
+from jaxsvd.attention import has_flash
+from jaxsvd.buckets import CHUNK, CHUNK_WITH_FLASH, Buckets, buckets
 from jaxsvd.cache import KVCache
+from jaxsvd.config import ModelConfig
 from jaxsvd.errors import JaxsvdError, UsageError
 from jaxsvd.models.llama import Llama
 from jaxsvd.sampling import NOT_FINITE, PROMPT, Mode, Sampler, SamplingParams, mode_of, sampler_of
@@ -77,7 +79,7 @@ class Engine(Steps):
             raise UsageError(f"steps_per_dispatch is {steps_per_dispatch}: expected at least 1")
         super().__init__(model)
         if isinstance(lengths, str):
-            lengths = buckets(lengths, self.config.max_positions, jax.default_backend())
+            lengths = lengths_of(self.config, self.dtype, lengths)
         self.buckets = lengths
         self.steps_per_dispatch = steps_per_dispatch
         self.held = held
@@ -225,7 +227,7 @@ class Engine(Steps):
         return Call("select", self.select, (inside, new, old))
 
     def _grow_call(self, buffer: Any, capacity: int) -> Call:
-        return Call(f"cache {capacity} of {buffer.shape[-2]}", self.grow, (buffer,), static={"capacity": capacity})
+        return Call(f"cache {capacity} of {buffer.shape[1]}", self.grow, (buffer,), static={"capacity": capacity})
 
     def _first_call(self, logits: Any, sampler: Sampler, lengths: Any, seen: Any, mode: Mode) -> Call:
         return Call("first token", self.first, (logits, sampler, lengths, seen), (3,), {"mode": mode}, (0, seen))
@@ -331,6 +333,12 @@ class Engine(Steps):
         self.compiled.append(Compiled(call.label, time.perf_counter() - start))
         logger.info("compiled %s in %.2f s", *self.compiled[-1])
         return compiled
+
+
+def lengths_of(config: ModelConfig, dtype: Any, rule: str | None, max_length: int | None = None) -> Buckets:
+    """The lengths that steps are compiled for here: see `jaxsvd.buckets.buckets`, which raises UsageError."""
+    chunk = CHUNK_WITH_FLASH if has_flash(jnp.dtype(dtype), config.head_dim) else CHUNK
+    return buckets("auto" if rule is None else rule, config.max_positions, jax.default_backend(), max_length, chunk)
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:

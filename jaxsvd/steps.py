@@ -87,12 +87,12 @@ class Steps:
         return self.extend(leaves, tokens, lengths, cache, jnp.int32(0), output=output)
 
     def grow(self, buffer: jax.Array, *, capacity: int) -> jax.Array:
-        """The keys or values of a layer, or of a stack, with room for `capacity` tokens a row.
+        """The keys or values of a layer with room for `capacity` tokens a row.
 
         A step of its own, so that prefill depends on the bucket alone; and of one layer, as memory then holds both the
         old and the new buffer of one layer only.
         """
-        return jnp.pad(buffer, [(0, 0)] * (buffer.ndim - 2) + [(0, capacity - buffer.shape[-2]), (0, 0)])
+        return jnp.pad(buffer, ((0, 0), (0, capacity - buffer.shape[1]), (0, 0)))
 
     def extend(
         self,

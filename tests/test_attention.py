@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsvd import attention
 from jaxsvd.attention import attend, flash, has_flash
+from jaxsvd.checkpoint.read import Checkpoint
+from jaxsvd.engine import Engine
+from jaxsvd.kernels.xla import XLA
+from jaxsvd.sampling import SamplingParams
 
 BATCH, HEADS, KV_HEADS, WIDTH = 2, 6, 2, 16
 ON_GPU = jax.default_backend() == "gpu"
@@ -25,6 +30,29 @@ def test_flash_is_the_same(tokens, capacity, starts, implementation, rng):
     found = flash(queries, keys, values, positions, implementation)
     assert found.dtype == dtype
     np.testing.assert_allclose(np.asarray(found, np.float32), exact, atol=1e-5 if dtype == jnp.float32 else 3e-2)
+
+
+def test_prompts_go_through_it(tiny_llama, monkeypatch):
+    """Prompts of two lengths, in one piece and in several, and single tokens, which do not."""
+    prompts = [list(range(3, 40)), list(range(5, 16))]
+    engine = Engine(Checkpoint(tiny_llama[0]).load(XLA("cpu"), jnp.float32), "16/auto")
+    exact = engine.logits(prompts)
+    calls = []
+
+    def counted(*given):
+        calls.append(given)
+        return flash(*given, implementation="xla")
+
+    monkeypatch.setattr(attention, "has_flash", lambda *_: True)
+    monkeypatch.setattr(attention, "flash", counted)
+    for lengths in ("16/auto", "64/auto"):
+        calls.clear()
+        found = Engine(engine.model, lengths)
+        np.testing.assert_allclose(found.logits(prompts), exact, atol=1e-4)
+        assert calls
+        calls.clear()
+        list(found.generate(prompts, [SamplingParams()] * 2, 3))
+        assert all(queries.shape[2] > 1 for queries, *_ in calls)
 
 
 def test_who_has_flash():

@@ -10,8 +10,8 @@ from jaxsvd.errors import UsageError
     ("rule", "positions", "max_length", "platform", "expected"),
     [
         ("auto", 1024, None, "neuron", ((128, 256, 512), (128, 256, 512, 1024), 1024)),
-        ("auto", 4096, None, "gpu", ((128, 256, 512, 1024, 2048), (128, 256, 512, 1024, 2048, 4096), 4096)),
-        ("off", 4096, None, "gpu", ((2048,), (4096,), 4096)),
+        ("auto", 8192, 300, "gpu", ((128, 256, 320), (128, 256, 320), 300)),  # caches are of whole 32 tokens
+        ("off", 8192, 50, "gpu", ((64,), (64,), 50)),
         ("auto", 1024, None, "cpu", ((16, 32, 64, 128, 256, 512), (128, 256, 512, 1024), 1024)),
         ("auto", 8192, 640, "neuron", ((128, 256, 512), (128, 256, 512, 640), 640)),
         ("auto", 8192, 1000, "neuron", ((128, 256, 512), (128, 256, 512, 1024), 1000)),  # whole chunks must fit
@@ -114,3 +114,9 @@ def test_nothing_else_can_happen(rule, length, steps):
     assert set(found.extensions()) == extensions
     assert set(found.growths(steps)) >= growths
     assert len(found.growths(steps)) <= len(growths) + 2 or rule == "8/9,10,11,16,40"
+
+
+def test_other_chunks():
+    assert buckets("auto", 4096, "gpu", chunk=2048).prefill == (128, 256, 512, 1024, 2048)
+    assert buckets("off", 4096, "gpu", 1000, chunk=2048) == ((1024,), (1024,), 1000)
+    assert buckets("64,256/auto", 4096, "gpu", chunk=2048).prefill == (64, 256)

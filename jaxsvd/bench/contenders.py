@@ -16,7 +16,7 @@ from jax import lax
 from jaxsvd import api, kernels
 from jaxsvd.compression.plan import Shape, uniform_plan
 from jaxsvd.config import ModelConfig, read_json
-from jaxsvd.engine import Engine
+from jaxsvd.engine import Engine, lengths_of
 from jaxsvd.errors import UsageError
 from jaxsvd.models import build
 from jaxsvd.models.check import check
@@ -101,7 +101,7 @@ def random(
     start = time.perf_counter()
     config, chosen = config_of(model), api.dtype_of(dtype)
     kernel = kernels.choose(backend, dtype=chosen)
-    lengths = api.lengths_of(config, buckets, max_length)
+    lengths = lengths_of(config, chosen, buckets, max_length)
     weights = AbstractWeights(chosen, ranks_of(config, keep, multiple) if keep else None)
     graph, state = nnx.split(build(config, weights, kernel))
     leaves, tree = jax.tree.flatten(state)

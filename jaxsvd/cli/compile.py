@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--modes", default="greedy,random", metavar="LIST", help="of greedy, random, penalties (greedy,random)"
     )
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: by platform)")
-    parser.add_argument("--backend", default="auto", help="auto (default), xla or neuron")
+    parser.add_argument("--backend", default="auto", help="auto (default), xla, gpu or neuron")
     parser.add_argument("--force", action="store_true", help="replace an artefact that is there")
     common.finish(parser, compile_ahead)
 

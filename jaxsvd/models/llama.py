@@ -1,5 +1,6 @@
 """Llama (2 and 3.x) with factored projections (Touvron et al. 2023; Grattafiori et al. 2024)."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from jaxsvd.kernels import Backend, Fused, Heads
 from jaxsvd.layers import Embedding, RMSNorm, rope_angles, rotate
 from jaxsvd.lowrank import GatedMLP, Projections
 from jaxsvd.weights import Weights
+
+logger = logging.getLogger("jaxsvd")
 
 
 class Step(NamedTuple):
@@ -150,7 +153,10 @@ class Llama(nnx.Module):
 
     def decoder(self, batch: int, capacity: int) -> Callable[..., jax.Array] | None:
         """The backend's kernel that takes one token through all layers; None where there is none for such a batch."""
-        if self.fused is None or batch != 1 or self.obstacle(capacity):
+        if self.fused is None or batch != 1:
+            return None
+        if obstacle := self.obstacle(capacity):
+            logger.warning("XLA decodes, not the kernel for all layers: %s", obstacle)
             return None
         return self.fused.decoder(*self._form)
 

@@ -4,11 +4,14 @@ The kernel's tests want jax 0.11, hence Python 3.12. Interpreted they take nine 
 in the environment: the interpreter hangs where JAX has fewer threads than a block has warpgroups.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxsvd
 from jaxsvd import kernels
 from jaxsvd.cache import KVCache
 from jaxsvd.config import ModelConfig
@@ -17,7 +20,8 @@ from jaxsvd.errors import JaxsvdError
 from jaxsvd.kernels.gpu import GPU, JAX, obstacle
 from jaxsvd.kernels.xla import XLA
 from jaxsvd.models import build
-from jaxsvd.models.check import check
+from jaxsvd.models.check import LAST, check
+from jaxsvd.models.llama import Llama
 from jaxsvd.sampling import SamplingParams
 from jaxsvd.weights import RandomWeights
 
@@ -106,17 +110,23 @@ def test_generation_goes_on_across_dispatches_and_longer_caches(rng):
 
 
 @kernel
-@pytest.mark.parametrize("position", [0, 1, 15, 16, 17, 255, 300])
-def test_positions(position, rng):
-    """Whatever part of the cache is there, and beside it numbers that are not to be read."""
-    engine = engine_of("qwen3", "low-rank", gpu())
-    exact = engine_of("qwen3", "low-rank", XLA("cpu"), jnp.float32)
-    size = (2, 512, 128)
-    values = rng.standard_normal((4, *size)).astype(jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("position", "capacity", "layers"),
+    [(0, 512, 2), (1, 512, 2), (31, 512, 2), (32, 512, 2), (33, 512, 2), (511, 512, 2), (1100, 2048, 1)],
+)
+def test_positions(position, capacity, layers, rng):
+    """Whatever part of the cache is there, and beside it numbers that are not to be read.
+
+    At the last one a block attends to more than one piece of it, and the last piece is not full.
+    """
+    engine = engine_of("qwen3", "low-rank", gpu(), layers=layers)
+    exact = engine_of("qwen3", "low-rank", XLA("cpu"), jnp.float32, layers)
+    size = (2, capacity, 128)
+    values = rng.standard_normal((2 * layers, *size)).astype(jnp.bfloat16)
     values[:, :, position:] = 1e4
     logits, caches = [], []
     for one in (engine, exact):
-        keys, contents = (list(array) for array in jnp.asarray(values, one.dtype).reshape(2, 2, *size))
+        keys, contents = (list(array) for array in jnp.asarray(values, one.dtype).reshape(2, layers, *size))
         cache = KVCache(keys, contents, jnp.array([position], jnp.int32))
         found, cache = jax.jit(one.decode_logits)(one.leaves, cache, jnp.array([5], jnp.int32))
         logits.append(np.asarray(found))
@@ -126,7 +136,7 @@ def test_positions(position, rng):
     # The new token is in the cache, and nothing else has changed.
     written = np.s_[:, :, position]
     assert distance(caches[0][written], caches[1][written]) < 2e-2
-    untouched = np.arange(512) != position
+    untouched = np.arange(capacity) != position
     np.testing.assert_array_equal(caches[0][:, :, untouched], values.astype(np.float32)[:, :, untouched])
 
 
@@ -184,17 +194,75 @@ def test_the_check_lets_a_right_kernel_pass():
     check(engine_of("qwen3", "mixed", gpu()).model)
 
 
-@pytest.mark.parametrize("wrong", [0.0, 0.8, float("nan")])
+@pytest.mark.parametrize("wrong", [None, "zero", "nan", "state", "keys", "values"])
 def test_a_wrong_kernel_is_found(wrong, monkeypatch):
+    """XLA in the kernel's place, and one thing changed."""
+
+    def together(self, run, x, keys, values, step):
+        for i, layer in enumerate(self.layers):
+            x, keys[i], values[i] = layer(x, keys[i], values[i], step)
+        if wrong in ("keys", "values"):
+            buffers = {"keys": keys, "values": values}[wrong]
+            buffers[1] = buffers[1].at[:, LAST].multiply(0.5)
+        return x * {"zero": 0.0, "nan": jnp.nan, "state": -1.0}.get(wrong, 1.0)
+
     model = engine_of("qwen3", "low-rank", gpu()).model
-    monkeypatch.setattr(GPU, "decoder", lambda *_: lambda x, *_: x * wrong)
-    with pytest.raises(JaxsvdError, match=r"differ by .* use backend xla"):
+    monkeypatch.setattr(GPU, "decoder", lambda *_: "never called")
+    monkeypatch.setattr(Llama, "_together", together)
+    if wrong is None:
         check(model)
-
-
-def test_choice():
-    if obstacle(jax.local_devices()[0]) is None:
-        assert kernels.choose("gpu").name == "gpu"
     else:
-        with pytest.raises(kernels.UsageError, match=r"compute capability 9\.0"):
-            kernels.choose("gpu")
+        with pytest.raises(JaxsvdError, match=r"differ by .* use backend xla"):
+            check(model)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Pretend that JAX's device is another one."""
+
+    def pretend(capability, version=JAX):
+        found = SimpleNamespace(compute_capability=capability, core_count=132, device_kind="a GPU")
+        monkeypatch.setattr(jax, "local_devices", lambda *_, **__: [found])
+        monkeypatch.setattr(jax, "__version_info__", version)
+
+    return pretend
+
+
+def test_auto_takes_the_kernel_where_it_runs(device):
+    device("9.0")
+    assert kernels.choose("auto", "gpu").name == kernels.choose("gpu", "gpu", jnp.float32).name == "gpu"
+    assert kernels.choose("auto", "gpu", jnp.float32).name == "xla"
+    assert kernels.choose("auto", "gpu", jnp.float16).name == "xla"
+    assert kernels.choose("auto", "cpu").name == "xla"
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "message"),
+    [
+        ("8.0", JAX, r"compute capability 9\.0, and this is a GPU"),
+        ("10.0", JAX, "capability"),
+        ("9.0", (0, 10), "jax 0.11"),
+    ],
+)
+def test_elsewhere_it_is_refused_and_auto_takes_xla(capability, version, message, device):
+    device(capability, version)
+    assert kernels.choose("auto", "gpu").name == "xla"
+    with pytest.raises(kernels.UsageError, match=message):
+        kernels.choose("gpu", "gpu")
+
+
+@pytest.mark.parametrize("failure", ["kind", "kernel"])
+def test_auto_goes_back_to_xla(failure, tiny_llama, monkeypatch, caplog):
+    """Where the kernel can't run a model, and where it fails with it."""
+    monkeypatch.setattr(kernels, "choose", lambda name="auto", *_, **__: XLA("cpu") if name == "xla" else gpu())
+    if failure == "kind":
+        monkeypatch.setattr(GPU, "obstacle", lambda *_: "of no reason")
+    else:
+        monkeypatch.setattr(GPU, "obstacle", lambda *_: None)
+        monkeypatch.setattr(GPU, "decoder", lambda *_: 1 / 0)
+    model = jaxsvd.load(tiny_llama[0], dtype="bfloat16", progress=False)
+    assert {"kind": "of no reason", "kernel": "division by zero"}[failure] in caplog.text
+    assert model.engine.model.layers[0].self_attn.o.backend.name == "xla"
+    if failure == "kernel":
+        with pytest.raises(ZeroDivisionError):
+            jaxsvd.load(tiny_llama[0], dtype="bfloat16", backend="gpu", progress=False)

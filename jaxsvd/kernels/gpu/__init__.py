@@ -49,9 +49,10 @@ class GPU(XLA):
     def obstacle(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]], capacity: int) -> str | None:
         """See `Fused.obstacle`."""
         shapes = _shapes(heads, plans)
-        if joined(shapes) is None:
+        widest = joined(shapes)
+        if widest is None:
             return "layers must not differ in more than their ranks"
-        return next(filter(None, (shape.obstacle(len(shapes), capacity) for shape in shapes)), None)
+        return next(filter(None, (shape.obstacle(len(shapes), capacity) for shape in (widest, *shapes))), None)
 
     def decoder(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]]) -> Callable[..., jax.Array]:
         """See `Fused.decoder`."""

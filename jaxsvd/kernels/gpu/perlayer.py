@@ -38,7 +38,7 @@ class PerLayer:
     refs: Sequence[Any]
     layer: jax.Array
     table: Any
-    first: int = 0
+    first: int
 
     def _place(self, index: Sequence[Any]) -> tuple[jax.Array, list[int], list[int]]:
         """Where a region begins, in elements, and its sizes and strides; `index` are integers and `pl.ds` slices."""
@@ -80,7 +80,7 @@ class PerLayer:
         self._each(write)
 
     def fetch(self, row: jax.Array, column: jax.Array, width: Any, target: Any, full: Any, slot: jax.Array) -> None:
-        """Start to copy rows into `target` (rows, at least SPAN), a slot of a ring in shared memory: SPAN columns.
+        """Start to copy rows into `target` (rows, SPAN), a slot of a ring in shared memory: SPAN columns.
 
         The array is (n, `width`), which may be that of this layer only, and the copy ends at its edge. `full` are the
         ring's barriers: see `ptx`; in the interpreter Pallas' own.

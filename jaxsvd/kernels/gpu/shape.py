@@ -1,4 +1,4 @@
-"""What is static about a stack of layers, and how wide its buffers are."""
+"""The shapes of layers, as their kernel sees them, and how wide its buffers are."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -75,7 +75,7 @@ class Group:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Everything static about a layer. `head_norms`: whether the heads of q and k are normed, as in Qwen3."""
+    """The shape of a layer. `head_norms`: whether the heads of q and k are normed, as in Qwen3."""
 
     heads: int
     kv_heads: int
