@@ -4,6 +4,7 @@ The kernel's tests want jax 0.11, hence Python 3.12. Interpreted they take nine 
 in the environment: the interpreter hangs where JAX has fewer threads than a block has warpgroups.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -176,9 +177,27 @@ def test_what_the_kernel_does_not_take_is_left_to_xla(architecture, dtype, capac
     assert model.decoder(1, capacity) is None
 
 
-def test_layers_that_differ_in_kind_are_left_to_xla():
+@kernel
+@pytest.mark.parametrize("odd", ["o_proj", "gate_proj", "qkv", "mlp", "layer"])
+def test_layers_with_other_matrices_dense(odd, rng):
+    """Some are low-rank in the second layer only, and some in the first; the others are in both."""
+    members = {"qkv": "q_proj v_proj", "mlp": "gate_proj up_proj down_proj", "layer": "proj"}.get(odd, odd).split()
+
+    def rank(path, *_):
+        second = any(name in path for name in members)
+        return None if second == (".1." in path) and (second or "k_proj" in path) else 64
+
     config = ModelConfig.from_hf(COMMON | CONFIGS["qwen3"])
-    model = build(config, RandomWeights(jnp.bfloat16, lambda path, *_: 64 if ".1." in path else None), gpu())
+    engines = [Engine(build(config, RandomWeights(jnp.bfloat16, rank), backend)) for backend in (gpu(), XLA("cpu"))]
+    assert engines[0].model.decoder(1, 128) is not None
+    prompt, forced = rng.integers(0, 128, 9).tolist(), [1, 2, 3]
+    assert distance(*(followed(engine, prompt, forced) for engine in engines)) < 3e-2
+
+
+def test_layers_of_other_widths_are_left_to_xla():
+    config = ModelConfig.from_hf(COMMON | CONFIGS["qwen3"])
+    config = dataclasses.replace(config, mlp_widths=((1, 256),))
+    model = build(config, RandomWeights(jnp.bfloat16), gpu())
     assert "not differ in more than their ranks" in model.obstacle(128)
     assert model.decoder(1, 128) is None
 

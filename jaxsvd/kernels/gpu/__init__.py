@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxsvd.kernels import Fused, Heads
-from jaxsvd.kernels.gpu.shape import Group, LayerShape, joined
+from jaxsvd.kernels.gpu.shape import Group, LayerShape, aligned
 from jaxsvd.kernels.xla import XLA, GroupPlan, Stored
 
 CAPABILITY = "9.0"  # Hopper: TMA, and as much shared memory as the ring of weights takes
@@ -48,11 +48,10 @@ class GPU(XLA):
 
     def obstacle(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]], capacity: int) -> str | None:
         """See `Fused.obstacle`."""
-        shapes = _shapes(heads, plans)
-        widest = joined(shapes)
-        if widest is None:
+        shapes = aligned(_shapes(heads, plans))
+        if shapes is None:
             return "layers must not differ in more than their ranks"
-        return next(filter(None, (shape.obstacle(len(shapes), capacity) for shape in (widest, *shapes))), None)
+        return next(filter(None, (shape.obstacle(len(shapes), capacity) for shape in shapes)), None)
 
     def decoder(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]]) -> Callable[..., jax.Array]:
         """See `Fused.decoder`."""
@@ -68,4 +67,4 @@ def _shapes(heads: Heads, plans: Sequence[Sequence[GroupPlan]]) -> list[LayerSha
 
 def _group(plan: GroupPlan) -> Group:
     ranks = tuple(v.inputs if v else None for v in plan.second)
-    return Group(plan.first.inputs, plan.outputs, ranks, plan.widths)
+    return Group(plan.first.inputs, plan.outputs, ranks)

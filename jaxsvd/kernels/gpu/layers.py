@@ -9,7 +9,7 @@ a counter in global memory, and meanwhile the ring fills.
 Sums, norms, RoPE, softmax and the residual stream are float32; what one product gives to the next is bfloat16.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxsvd.kernels.gpu import ptx
 from jaxsvd.kernels.gpu.attention import Attention, splits
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load, table
-from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, Group, LayerShape, joined, ring, roomy, whole
+from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, Group, LayerShape, aligned, ring, roomy, unless_dense, whole
 from jaxsvd.kernels.gpu.stream import SCRATCH, SUMS, Phase, Stream, Streamed, Tiles, X
 
 
@@ -92,9 +92,24 @@ class Products:
         """The V of each low-rank member, and what they read, which lies at `places`."""
         members, at = [], 0
         for weight, i in zip(weights, group.low_rank, strict=True):
-            members.append(Streamed(weight, group.widths[i], 0, at))
-            at += roomy(group.most[i])
-        return [X(self.vectors, places[i], group.widths[i], group.most[i]) for i in group.low_rank], members
+            members.append(Streamed(weight, group.ranks[i], 0, at))
+            at += roomy(group.deepest[i])
+        return [X(self.vectors, places[i], group.ranks[i], group.deepest[i]) for i in group.low_rank], members
+
+    def _passed(self, group: Group, places: Sequence[Any], row: jax.Array) -> dict[int, jax.Array]:
+        """What the first product gave of members that are dense, or may be."""
+        dense = [i for i, rank in enumerate(group.ranks) if rank is None or not isinstance(rank, int) or not rank]
+        parts = {i: load(self.vectors.at[pl.ds(places[i] + row, ROWS)], SUMS) for i in dense}
+        return {i: part.astype(jnp.float32) for i, part in parts.items()}
+
+    @staticmethod
+    def _results(group: Group, sums: Sequence[jax.Array], passed: dict[int, jax.Array]) -> list[jax.Array]:
+        """The result of each member: its sums, or what was passed on where it is dense."""
+        given = passed | dict(zip(group.low_rank, sums, strict=True))
+        for i in set(passed) & set(group.low_rank):
+            dense = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=SUMS) >= group.ranks[i]  # all, or none
+            given[i] = jnp.where(dense, passed[i], given[i])
+        return [given[i] for i in range(len(group.ranks))]
 
     def _project(self, group: Group, weights: Sequence[Any], x: X) -> tuple[list[Phase], list[Any]]:
         """The phases of a group, and where each member's result begins."""
@@ -102,24 +117,35 @@ class Products:
         strips, members = self._second(group, weights[1:], places)
         tiles = []
         for i, member in zip(group.low_rank, members, strict=True):
-            places[i] = self._take(group.outputs[i])
-            tiles.append(self._tiles(group.outputs[i], [member], places[i]))
+            rank, result = group.ranks[i], self._take(group.outputs[i])
+            tiles.append(self._tiles(unless_dense(rank, group.outputs[i], 0), [member], result))
+            places[i] = unless_dense(rank, result, places[i])
         return [phase, *([Phase(strips, tiles)] if tiles else [])], places
 
     def _add(self, group: Group, weights: Sequence[Any], source: int, residual: Any, target: Any) -> list[Phase]:
         """The phases of a lone matrix, whose result is added to the residual stream."""
 
-        def early(row: jax.Array) -> jax.Array:
+        def held(row: jax.Array) -> jax.Array:
             return load(residual.at[pl.ds(row, ROWS)], SUMS)
 
-        def store(row: jax.Array, sums: list[jax.Array], held: jax.Array) -> None:
-            target.at[pl.ds(row, ROWS)][...] = held + sums[0]
+        def add(row: jax.Array, more: jax.Array, held: jax.Array) -> None:
+            target.at[pl.ds(row, ROWS)][...] = held + more
 
         x = X(self.vectors, source, group.inputs, group.inputs)
         if not group.low_rank:
-            return [Phase([x], [Tiles(group.outputs[0], [Streamed(weights[0], group.inputs)], store, early)])]
+            lone = Streamed(weights[0], group.inputs)
+            return [
+                Phase([x], [Tiles(group.outputs[0], [lone], lambda row, sums, held: add(row, sums[0], held), held)])
+            ]
         phase, places = self._first(group, weights[0], x)
         strips, members = self._second(group, weights[1:], places)
+
+        def early(row: jax.Array) -> tuple[jax.Array, dict[int, jax.Array]]:
+            return held(row), self._passed(group, places, row)
+
+        def store(row: jax.Array, sums: list[jax.Array], given: tuple[jax.Array, dict[int, jax.Array]]) -> None:
+            add(row, self._results(group, sums, given[1])[0], given[0])
+
         return [phase, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
 
     def _gate(self, group: Group, weights: Sequence[Any], x: X, target: int) -> list[Phase]:
@@ -133,17 +159,24 @@ class Products:
             return [Phase([x], [Tiles(group.outputs[0], members, lambda row, sums, _: put(row, sums))])]
         phase, places = self._first(group, weights[0], x)
         strips, members = self._second(group, weights[1:], places)
-        dense = {i: place for i, place in enumerate(places) if i not in group.low_rank}
 
         def early(row: jax.Array) -> dict[int, jax.Array]:
-            parts = {i: load(self.vectors.at[pl.ds(start + row, ROWS)], SUMS) for i, start in dense.items()}
-            return {i: part.astype(jnp.float32) for i, part in parts.items()}
+            return self._passed(group, places, row)
 
-        def store(row: jax.Array, sums: list[jax.Array], held: dict[int, jax.Array]) -> None:
-            given = held | dict(zip(group.low_rank, sums, strict=True))
-            put(row, [given[0], given[1]])
+        def store(row: jax.Array, sums: list[jax.Array], passed: dict[int, jax.Array]) -> None:
+            put(row, self._results(group, sums, passed))
 
         return [phase, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
+
+
+def _complete(shape: LayerShape, arrays: Sequence[jax.Array]) -> Iterator[jax.Array]:
+    """The arrays of a layer, any one, which is not read, in the place of the V of a matrix that is dense there."""
+    left = iter(arrays)
+    for group in shape.groups:
+        first = next(left)
+        yield first
+        for i in group.low_rank:
+            yield next(left) if group.ranks[i] else first
 
 
 @cache
@@ -162,14 +195,15 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
 
     and returns x behind the last layer, float32 (hidden,).
     """
-    shape, layers = joined(shapes), len(shapes)
-    assert shape is not None
+    all_shapes = aligned(shapes)
+    assert all_shapes is not None
+    shape, layers = all_shapes[0], len(shapes)
     hidden = shape.qkv.inputs
     counts = [1 + len(group.low_rank) for group in shape.groups]
     sizes = Products(shape, [[None] * count for count in counts], (None, None), None, None, None)
     meetings = len(sizes.phases) + 2  # of a layer: attention has two of its own
     kinds = sum(counts)
-    ranks = None if len(set(shapes)) == 1 else np.array([one.ranks for one in shapes], np.int32)
+    ranks = None if len(set(shapes)) == 1 else np.array([one.ranks for one in all_shapes], np.int32)
 
     def body(*refs: Any) -> None:
         take = iter(refs)
@@ -279,7 +313,8 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
         counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
         # A position behind the end is clamped, as XLA's dynamic slices are.
         position = jnp.minimum(position, keys[0].shape[1] - 1).reshape(1)
-        weights = [array for kind in zip(*arrays, strict=True) for array in kind]
+        complete = [_complete(one, given) for one, given in zip(all_shapes, arrays, strict=True)]
+        weights = [array for kind in zip(*complete, strict=True) for array in kind]
         ranked = [] if ranks is None else [jnp.asarray(ranks)]
         vectors = position, cosines, sines, before, behind, *head_norms, *ranked
         kernel(*vectors, *weights, stream, counter, *keys, *values)

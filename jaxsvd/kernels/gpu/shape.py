@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
+
 ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
 NORMED = 512  # elements that a norm reads at once, of x and of its weights
@@ -36,41 +38,47 @@ def ring(held: int, addresses: int) -> int:
     return min(SLOTS, (SHARED - RESERVED - 2 * held - 8 * addresses) // (2 * ROWS * SPAN))
 
 
+def unless_dense(rank: Any, then: Any, other: Any) -> Any:
+    """`then`, or `other` where the rank is 0: two numbers."""
+    if isinstance(rank, int):
+        return then if rank else other
+    return jnp.where(rank == 0, other, then)
+
+
 @dataclass(frozen=True)
 class Group:
-    """Matrices that read the same x, as a kernel sees them: outputs, and padded ranks (None where dense).
+    """Matrices that read the same x, as a kernel sees them: outputs, and padded ranks.
 
-    Ranks may be known at run time only; `most` are the `widths` where each is the greatest of all layers.
+    A rank is None where a matrix is dense in all layers, and 0 where it is dense in this one and low-rank in others.
+    Then it may be known at run time only. `most` are the greatest `widths` in any layer, and `deepest` the ranks.
     """
 
     inputs: int
     outputs: tuple[int, ...]
     ranks: tuple[Any, ...]
-    most: tuple[int, ...]
+    most: tuple[int, ...] = ()
+    deepest: tuple[int, ...] = ()
 
     @property
     def widths(self) -> tuple[Any, ...]:
         """What each member adds to the group's first product."""
-        return tuple(outputs if rank is None else rank for rank, outputs in zip(self.ranks, self.outputs, strict=True))
+        pairs = zip(self.ranks, self.outputs, strict=True)
+        return tuple(outputs if rank is None else unless_dense(rank, rank, outputs) for rank, outputs in pairs)
 
     @property
     def starts(self) -> tuple[Any, ...]:
         """Where each member begins in the first product."""
         return tuple(sum(self.widths[:i]) for i in range(len(self.widths)))
 
-    def kind(self) -> "Group":
-        """What groups of different ranks have in common."""
-        return replace(self, ranks=tuple(rank and 0 for rank in self.ranks), most=())
-
     @property
     def low_rank(self) -> list[int]:
-        """The members that have a second product."""
+        """The members that have a second product, in some layer at least."""
         return [i for i, rank in enumerate(self.ranks) if rank is not None]
 
     @property
     def held(self) -> int:
         """The elements in shared memory for what its products read: the x of the first, or those of the second ones."""
-        return max(roomy(self.inputs), sum(roomy(self.most[i]) for i in self.low_rank))
+        return max(roomy(self.inputs), sum(roomy(self.deepest[i]) for i in self.low_rank))
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class LayerShape:
         return tuple(group.ranks[i] for group in self.groups for i in group.low_rank)
 
     def of(self, ranks: Sequence[Any]) -> "LayerShape":
-        """A layer of other ranks, the same members being low-rank."""
+        """A layer of other ranks, of the same members."""
         left = iter(ranks)
         return self.with_groups(
             replace(group, ranks=tuple(None if rank is None else next(left) for rank in group.ranks))
@@ -134,12 +142,29 @@ class LayerShape:
         return None
 
 
-def joined(shapes: Sequence[LayerShape]) -> LayerShape | None:
-    """The shape of the first of several layers, with room for all; None if they differ in more."""
-    if len({shape.with_groups(map(Group.kind, shape.groups)) for shape in shapes}) > 1:
+def aligned(shapes: Sequence[LayerShape]) -> list[LayerShape] | None:
+    """The shapes of several layers that differ in their ranks, each with room for all; None if they differ in more.
+
+    Where a matrix is low-rank in one layer, it is of rank 0 in those in which it is dense.
+    """
+    columns = [_aligned(column) for column in zip(*(shape.groups for shape in shapes), strict=True)]
+    if None in columns:
         return None
-    columns = zip(*(shape.groups for shape in shapes), strict=True)
-    return shapes[0].with_groups(
-        replace(column[0], most=tuple(map(max, *(group.widths for group in column), column[0].widths)))
-        for column in columns
-    )
+    return [shape.with_groups(groups) for shape, groups in zip(shapes, zip(*columns, strict=True), strict=True)]
+
+
+def _aligned(groups: Sequence[Group]) -> list[Group] | None:
+    """The same of one group of every layer."""
+    if len({(group.inputs, group.outputs) for group in groups}) > 1:
+        return None
+    most = tuple(map(max, zip(*(group.widths for group in groups), strict=True)))
+    deepest = tuple(max(rank or 0 for rank in ranks) for ranks in zip(*(group.ranks for group in groups), strict=True))
+    return [
+        replace(
+            group,
+            ranks=tuple((rank or 0) if deep else None for rank, deep in zip(group.ranks, deepest, strict=True)),
+            most=most,
+            deepest=deepest,
+        )
+        for group in groups
+    ]
