@@ -202,7 +202,8 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
     counts = [1 + len(group.low_rank) for group in shape.groups]
     sizes = Products(shape, [[None] * count for count in counts], (None, None), None, None, None)
     meetings = len(sizes.phases) + 2  # of a layer: attention has two of its own
-    kinds = sum(counts)
+    matrices = sum(counts)  # of a layer
+    slots = ring(shape.held, layers * shape.arrays)
     ranks = None if len(set(shapes)) == 1 else np.array([one.ranks for one in all_shapes], np.int32)
 
     def body(*refs: Any) -> None:
@@ -211,7 +212,7 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
         norms = [next(take) for _ in range(2)]
         head_norms = [next(take) for _ in range(2 if shape.head_norms else 0)]
         ranked = None if ranks is None else next(take)
-        weights = [[next(take) for _ in range(layers)] for _ in range(kinds)]
+        weights = [[next(take) for _ in range(layers)] for _ in range(matrices)]
         x, counter = (next(take) for _ in range(2))
         caches = [[next(take) for _ in range(layers)] for _ in range(2)]
         middle, vectors, *partial = (next(take) for _ in range(5))
@@ -221,7 +222,7 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
 
         def of(layer: jax.Array) -> Products:
             """A layer's products."""
-            arrays = (PerLayer(refs, layer, tables[0], kind * layers) for kind, refs in enumerate(weights))
+            arrays = (PerLayer(refs, layer, tables[0], i * layers) for i, refs in enumerate(weights))
             groups = [list(islice(arrays, count)) for count in counts]
             given = shape if ranked is None else shape.of([ranked[layer, i] for i in range(len(shape.ranks))])
             return Products(given, groups, norms, x, middle, vectors)
@@ -234,7 +235,7 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
                     ptx.meet(counter, (layer * meetings + next(met) + 1) * blocks)
 
             products = of(layer)
-            cached = [PerLayer(refs, layer, tables[1], kind * layers) for kind, refs in enumerate(caches)]
+            cached = [PerLayer(refs, layer, tables[1], i * layers) for i, refs in enumerate(caches)]
             attention = Attention(
                 *(shape, layer, block, blocks, position[0], angles, head_norms, cached),
                 *(vectors, products.heads, products.mixed, *partial),
@@ -254,9 +255,9 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
         def fill(layer: jax.Array, count: jax.Array) -> jax.Array:
             return stream.fill(count, stream.deal(of(layer).phases))
 
-        def publish(table: Any, kinds: Sequence[Sequence[Any]]) -> None:
+        def publish(table: Any, arrays: Sequence[Sequence[Any]]) -> None:
             if table is not None:
-                ptx.publish(table, [ref for refs in kinds for ref in refs])
+                ptx.publish(table, [ref for refs in arrays for ref in refs])
 
         @pl.when(lax.axis_index("thread") == 0)
         def compute() -> None:
@@ -270,9 +271,8 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
             stream.open()
             stream.drain(lax.fori_loop(0, layers, fill, jnp.int32(0)))
 
-    slots = ring(shape.held, layers * shape.arrays)
     parts = (shape.heads, splits(shape.kv_heads))
-    tables = [] if interpret else [table(layers * kinds), table(layers * 2)]
+    tables = [] if interpret else [table(layers * matrices), table(layers * 2)]
     kernel = plgpu.kernel(
         body,
         out_type=[
@@ -309,15 +309,15 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
         before, behind, *head_norms = norms
         if odd := whole(hidden, NORMED) - hidden:  # not where it need not be: it is done in every step
             before, behind = (jnp.pad(gain, ((0, 0), (0, odd))) for gain in (before, behind))
-        stream = jax.new_ref(jnp.pad(x.astype(jnp.float32), (0, roomy(hidden) - hidden)))
+        residual = jax.new_ref(jnp.pad(x.astype(jnp.float32), (0, roomy(hidden) - hidden)))
         counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
         # A position behind the end is clamped, as XLA's dynamic slices are.
         position = jnp.minimum(position, keys[0].shape[1] - 1).reshape(1)
         complete = [_complete(one, given) for one, given in zip(all_shapes, arrays, strict=True)]
-        weights = [array for kind in zip(*complete, strict=True) for array in kind]
+        weights = [array for one in zip(*complete, strict=True) for array in one]
         ranked = [] if ranks is None else [jnp.asarray(ranks)]
         vectors = position, cosines, sines, before, behind, *head_norms, *ranked
-        kernel(*vectors, *weights, stream, counter, *keys, *values)
-        return stream[...][:hidden]
+        kernel(*vectors, *weights, residual, counter, *keys, *values)
+        return residual[...][:hidden]
 
     return call
