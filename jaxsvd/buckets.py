@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxsvd.errors import UsageError
+from jaxsvd.kernels.gpu.shape import TOKENS, whole
 
 SMALLEST = 128  # below it a step costs an accelerator as much: it reads the weights
 SMALLEST_PREFILL_ON_CPU = 16  # a CPU pays for every padded token
 CHUNK = 512  # the largest prefill bucket of "auto" and "off": longer prompts go through it piece by piece
 CHUNK_WITH_FLASH = 2048  # where attention keeps no scores: a GPU multiplies fewer tokens at once more slowly
-GRAIN_ON_GPU = 32  # its kernel attends to so many tokens at once, and caches have room for whole ones
 
 
 class Buckets(NamedTuple):
@@ -99,8 +99,8 @@ def buckets(rule: str, positions: int, platform: str, max_length: int | None = N
     if first in ("auto", "off"):
         lowest = SMALLEST_PREFILL_ON_CPU if platform == "cpu" else SMALLEST
         chunk = min(length, chunk)
-        if platform == "gpu":
-            chunk = -(-chunk // GRAIN_ON_GPU) * GRAIN_ON_GPU
+        if platform == "gpu":  # whose kernel wants caches of whole tiles
+            chunk = whole(chunk, TOKENS)
         prefill = powers_of_two(lowest, chunk) if first == "auto" else (chunk,)
     else:
         prefill = _lengths(rule, first)

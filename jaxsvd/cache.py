@@ -1,4 +1,4 @@
-"""The key-value cache: lists of buffers, functional, donated in every step."""
+"""The key-value cache: per-layer lists, functional, donated in every step."""
 
 from dataclasses import dataclass
 
@@ -30,8 +30,8 @@ class KVCache:
 def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
     """A cache of zeros."""
     shape = (batch * config.num_kv_heads, capacity, config.head_dim)
-    keys, values = ([jnp.zeros(shape, dtype) for _ in range(config.num_layers)] for _ in range(2))
-    return KVCache(keys, values, jnp.zeros((batch,), jnp.int32))
+    zeros = [jnp.zeros(shape, dtype) for _ in range(2 * config.num_layers)]
+    return KVCache(zeros[: config.num_layers], zeros[config.num_layers :], jnp.zeros((batch,), jnp.int32))
 
 
 def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

@@ -85,7 +85,7 @@ class Engine(Steps):
         self.held = held
         self.compiled: list[Compiled] = []
         self._steps: dict[tuple, Callable] = {}
-        self._any_cache = jax.tree.map(lambda _: 0, jax.eval_shape(lambda: self.empty_cache(1, 1)))
+        self._any_cache = KVCache([0] * self.config.num_layers, [0] * self.config.num_layers, 0)  # type: ignore[arg-type]
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits of every token of every prompt, float32 (batch, longest, vocab); zeros behind a shorter row's end."""

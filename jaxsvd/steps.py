@@ -173,9 +173,8 @@ class Steps:
 
         if steps == 1:
             (cache, token, seen), tokens = step((cache, token, seen), None)
-            tokens = tokens[None]
-        else:
-            (cache, token, seen), tokens = lax.scan(step, (cache, token, seen), length=steps)
+            return tokens[:, None], cache, token, seen
+        (cache, token, seen), tokens = lax.scan(step, (cache, token, seen), length=steps)
         return tokens.T, cache, token, seen
 
     def decode_logits(self, leaves: Sequence[jax.Array], cache: KVCache, token: jax.Array) -> tuple[jax.Array, KVCache]:

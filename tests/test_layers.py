@@ -11,7 +11,7 @@ from jaxsvd.cache import write
 from jaxsvd.config import ModelConfig, Rope
 from jaxsvd.errors import UsageError
 from jaxsvd.kernels import Dense, Factored, choose, shape_of
-from jaxsvd.kernels.xla import XLA
+from jaxsvd.kernels.xla import RANK_MULTIPLE, XLA
 from jaxsvd.layers import Embedding, RMSNorm, rope_angles, rope_frequencies, rotate
 from jaxsvd.weights import AbstractWeights, RandomWeights, break_even, uniform_ranks
 
@@ -245,10 +245,12 @@ def test_attend_gives_float32_logits(rng, vocab, cores, platform):
 
 def test_ranks_are_padded():
     plan = XLA("cpu").plan((shape_of(Factored(np.zeros((INPUTS, 7)), np.zeros((7, 64)))),))
-    assert plan.widths == (XLA.rank_multiple,)
+    assert plan.widths == (RANK_MULTIPLE,)
 
 
 def test_backends_are_chosen_by_name():
+    if jax.default_backend() == "cpu":
+        assert choose() == choose("xla")
     assert choose(platform="cpu") == choose("xla", "cpu")
     assert choose("xla", platform="gpu").platform == "gpu"
     with pytest.raises(UsageError, match=r"fast.*auto, xla"):

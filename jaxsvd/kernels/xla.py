@@ -8,7 +8,7 @@ matrix-vector product per matrix and its speed is that of the walk through memor
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 
 from jaxsvd.kernels import Dense, Factored, Fused, Matrix, MatrixShape
+
+RANK_MULTIPLE = 16  # ranks are padded to it with zeros, which is exact: odd widths cost more than the zeros do
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,6 @@ class GroupPlan:
         """The width of each member's result."""
         return tuple(v.outputs if v else width for v, width in zip(self.second, self.widths, strict=True))
 
-    def split(self, array: jax.Array, axis: int) -> list[jax.Array]:
-        """What lies side by side in the first product or its array, one part for each member."""
-        return jnp.split(array, np.cumsum(self.widths)[:-1].tolist(), axis)
-
 
 @dataclass(frozen=True)
 class XLA:
@@ -92,8 +90,6 @@ class XLA:
     platform: str
     cores: int = 1
     name: str = "xla"
-    # Ranks are padded to it with zeros, which is exact: odd widths cost more than the zeros do.
-    rank_multiple: ClassVar[int] = 16
 
     @property
     def fused(self) -> Fused | None:
@@ -103,8 +99,7 @@ class XLA:
     def plan(self, shapes: tuple[MatrixShape, ...]) -> GroupPlan:
         """Choose the storage order of the group's arrays."""
         factored = any(shape.rank is not None for shape in shapes)
-        step = self.rank_multiple
-        ranks = [None if shape.rank is None else -(-shape.rank // step) * step for shape in shapes]
+        ranks = [None if shape.rank is None else -(-shape.rank // RANK_MULTIPLE) * RANK_MULTIPLE for shape in shapes]
         widths = tuple(rank or shape.outputs for rank, shape in zip(ranks, shapes, strict=True))
         first = self._stored(shapes[0].inputs, sum(widths), factored)
         second = tuple(
@@ -137,7 +132,7 @@ class XLA:
     def project(self, plan: GroupPlan, x: jax.Array, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """One dot for the group, then one per low-rank member."""
         first, *rest = arrays
-        strips = plan.split(plan.first.dot(x, first), axis=-1)
+        strips = jnp.split(plan.first.dot(x, first), np.cumsum(plan.widths)[:-1].tolist(), axis=-1)
         second = iter(rest)
         return [
             stored.dot(strip, next(second)) if stored else strip

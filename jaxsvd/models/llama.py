@@ -171,7 +171,7 @@ class Llama(nnx.Module):
         if dtype != jnp.bfloat16:
             return f"the kernel computes in bfloat16, and the model is in {dtype}"
         if any(group.biases for layer in self.layers for group in layer.groups):
-            return "the kernel has no biases, and the model does"
+            return "the kernel has no biases, and the model has"
         assert self.fused is not None
         return self.fused.obstacle(*self._form, capacity)
 

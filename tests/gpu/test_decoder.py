@@ -1,7 +1,7 @@
 """The backend for GPUs: its kernel on such a GPU where there is one, else in Pallas' interpreter.
 
-The kernel's tests want jax 0.11, hence Python 3.12. Interpreted they take nine minutes on two cores, and need NPROC=8
-in the environment: the interpreter hangs where JAX has fewer threads than a block has warpgroups.
+The kernel's tests want jax 0.11, hence Python 3.12. Interpreted they take a quarter of an hour on two cores, and need
+NPROC=8 in the environment: the interpreter hangs where JAX has fewer threads than a block has warpgroups.
 """
 
 import dataclasses
@@ -200,6 +200,18 @@ def test_layers_of_other_widths_are_left_to_xla():
     model = build(config, RandomWeights(jnp.bfloat16), gpu())
     assert "not differ in more than their ranks" in model.obstacle(128)
     assert model.decoder(1, 128) is None
+
+
+@pytest.mark.parametrize("ranks", ["dense", "low-rank", "mixed"])
+def test_prompts_and_batches_are_as_with_xla(ranks, rng):
+    prompts = [rng.integers(0, 128, length).tolist() for length in (5, 21)]
+    backends = (gpu(), jnp.bfloat16), (XLA("cpu"), jnp.bfloat16), (XLA("cpu"), jnp.float32)
+    engines = [engine_of("qwen3", ranks, *chosen) for chosen in backends]
+    found, plain, exact = (engine.logits(prompts) for engine in engines)
+    assert distance(found, exact) < 1.2 * distance(plain, exact)
+    rows = [SamplingParams()] * 2
+    texts = [np.concatenate(list(engine.generate(prompts, rows, 8)), axis=1) for engine in engines[:2]]
+    np.testing.assert_array_equal(*texts)
 
 
 def test_several_rows_are_left_to_xla():

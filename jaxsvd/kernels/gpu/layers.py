@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxsvd.kernels.gpu import ptx
 from jaxsvd.kernels.gpu.attention import Attention, splits
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load, table
-from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, Group, LayerShape, aligned, ring, roomy, unless_dense, whole
+from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, Group, LayerShape, aligned, ring, roomy, whole
 from jaxsvd.kernels.gpu.stream import SCRATCH, SUMS, Phase, Stream, Streamed, Tiles, X
 
 
@@ -97,9 +97,8 @@ class Products:
         return [X(self.vectors, places[i], group.ranks[i], group.deepest[i]) for i in group.low_rank], members
 
     def _passed(self, group: Group, places: Sequence[Any], row: jax.Array) -> dict[int, jax.Array]:
-        """What the first product gave of members that are dense, or may be."""
-        dense = [i for i, rank in enumerate(group.ranks) if rank is None or not isinstance(rank, int) or not rank]
-        parts = {i: load(self.vectors.at[pl.ds(places[i] + row, ROWS)], SUMS) for i in dense}
+        """What the first product gave of members that are dense, here or in other layers."""
+        parts = {i: load(self.vectors.at[pl.ds(places[i] + row, ROWS)], SUMS) for i in group.dense}
         return {i: part.astype(jnp.float32) for i, part in parts.items()}
 
     @staticmethod
@@ -117,9 +116,9 @@ class Products:
         strips, members = self._second(group, weights[1:], places)
         tiles = []
         for i, member in zip(group.low_rank, members, strict=True):
-            rank, result = group.ranks[i], self._take(group.outputs[i])
-            tiles.append(self._tiles(unless_dense(rank, group.outputs[i], 0), [member], result))
-            places[i] = unless_dense(rank, result, places[i])
+            result = self._take(group.outputs[i])
+            tiles.append(self._tiles(group.unless_dense(i, group.outputs[i], 0), [member], result))
+            places[i] = group.unless_dense(i, result, places[i])
         return [phase, *([Phase(strips, tiles)] if tiles else [])], places
 
     def _add(self, group: Group, weights: Sequence[Any], source: int, residual: Any, target: Any) -> list[Phase]:

@@ -38,19 +38,13 @@ def ring(held: int, addresses: int) -> int:
     return min(SLOTS, (SHARED - RESERVED - 2 * held - 8 * addresses) // (2 * ROWS * SPAN))
 
 
-def unless_dense(rank: Any, then: Any, other: Any) -> Any:
-    """`then`, or `other` where the rank is 0: two numbers."""
-    if isinstance(rank, int):
-        return then if rank else other
-    return jnp.where(rank == 0, other, then)
-
-
 @dataclass(frozen=True)
 class Group:
     """Matrices that read the same x, as a kernel sees them: outputs, and padded ranks.
 
     A rank is None where a matrix is dense in all layers, and 0 where it is dense in this one and low-rank in others.
-    Then it may be known at run time only. `most` are the greatest `widths` in any layer, and `deepest` the ranks.
+    It may be known at run time only. `most` are the greatest `widths` in any layer, and `deepest` the ranks; `dense`
+    are the members that are dense in some layer.
     """
 
     inputs: int
@@ -58,12 +52,20 @@ class Group:
     ranks: tuple[Any, ...]
     most: tuple[int, ...] = ()
     deepest: tuple[int, ...] = ()
+    dense: tuple[int, ...] = ()
+
+    def unless_dense(self, i: int, then: Any, other: Any) -> Any:
+        """`then`, or `other` in a layer in which member i is dense: two numbers."""
+        rank = self.ranks[i]
+        if rank is None or isinstance(rank, int):
+            return then if rank else other
+        return jnp.where(rank == 0, other, then) if i in self.dense else then
 
     @property
     def widths(self) -> tuple[Any, ...]:
         """What each member adds to the group's first product."""
         pairs = zip(self.ranks, self.outputs, strict=True)
-        return tuple(outputs if rank is None else unless_dense(rank, rank, outputs) for rank, outputs in pairs)
+        return tuple(self.unless_dense(i, rank, outputs) for i, (rank, outputs) in enumerate(pairs))
 
     @property
     def starts(self) -> tuple[Any, ...]:
@@ -158,13 +160,16 @@ def _aligned(groups: Sequence[Group]) -> list[Group] | None:
     if len({(group.inputs, group.outputs) for group in groups}) > 1:
         return None
     most = tuple(map(max, zip(*(group.widths for group in groups), strict=True)))
-    deepest = tuple(max(rank or 0 for rank in ranks) for ranks in zip(*(group.ranks for group in groups), strict=True))
+    members = list(zip(*(group.ranks for group in groups), strict=True))
+    deepest = tuple(max(rank or 0 for rank in ranks) for ranks in members)
+    dense = tuple(i for i, ranks in enumerate(members) if None in ranks)
     return [
         replace(
             group,
             ranks=tuple((rank or 0) if deep else None for rank, deep in zip(group.ranks, deepest, strict=True)),
             most=most,
             deepest=deepest,
+            dense=dense,
         )
         for group in groups
     ]
