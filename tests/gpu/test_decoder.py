@@ -18,7 +18,7 @@ from jaxsvd.cache import KVCache
 from jaxsvd.config import ModelConfig
 from jaxsvd.engine import Engine
 from jaxsvd.errors import JaxsvdError
-from jaxsvd.kernels.gpu import GPU, JAX, obstacle, shape
+from jaxsvd.kernels.gpu import GPU, JAX, obstacle
 from jaxsvd.kernels.xla import XLA
 from jaxsvd.models import build
 from jaxsvd.models.check import LAST, check
@@ -86,20 +86,9 @@ def distance(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-@pytest.fixture(params=["ranks", "rows"])
-def divided(request, monkeypatch):
-    """How the blocks share groups: all of them this way."""
-    monkeypatch.setattr(shape, "MANY", {"ranks": 10**9, "rows": 0}[request.param])
-    if jax.__version_info__ >= JAX:
-        from jaxsvd.kernels.gpu.layers import make_layers
-
-        make_layers.cache_clear()
-
-
 @kernel
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-@pytest.mark.usefixtures("divided")
 def test_logits(architecture, ranks, rng):
     prompt, forced = rng.integers(0, 128, 21).tolist(), rng.integers(0, 128, 6).tolist()
     engine = engine_of(architecture, ranks, gpu())
@@ -161,7 +150,6 @@ def test_one_layer(rng):
 
 @kernel
 @pytest.mark.parametrize("ranks", [(64, 176), (1040, 16)])
-@pytest.mark.usefixtures("divided")
 def test_layers_of_different_ranks(ranks, rng):
     """A member is wider in one layer, another in the other."""
 
@@ -191,7 +179,6 @@ def test_what_the_kernel_does_not_take_is_left_to_xla(architecture, dtype, capac
 
 @kernel
 @pytest.mark.parametrize("odd", ["o_proj", "gate_proj", "qkv", "mlp", "layer"])
-@pytest.mark.usefixtures("divided")
 def test_layers_with_other_matrices_dense(odd, rng):
     """Some are low-rank in the second layer only, and some in the first; the others are in both."""
     members = {"qkv": "q_proj v_proj", "mlp": "gate_proj up_proj down_proj", "layer": "proj"}.get(odd, odd).split()

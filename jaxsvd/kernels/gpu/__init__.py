@@ -5,13 +5,13 @@ run. Here all layers are one launch (`jaxsvd.kernels.gpu.layers`). Everything el
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from jaxsvd.kernels import Fused, Heads, MatrixShape
-from jaxsvd.kernels.gpu.shape import Group, LayerShape, aligned, by_rows
+from jaxsvd.kernels import Fused, Heads
+from jaxsvd.kernels.gpu.shape import Group, LayerShape, aligned
 from jaxsvd.kernels.xla import XLA, GroupPlan, Stored
 
 CAPABILITY = "9.0"  # Hopper: TMA, and as much shared memory as the ring of weights takes
@@ -42,12 +42,8 @@ class GPU(XLA):
         """It has a kernel for all layers."""
         return self
 
-    def plan(self, shapes: tuple[MatrixShape, ...]) -> GroupPlan:
-        """As the kernel reads them: one output to a row of dense matrices, one rank of U, and V either way."""
-        plan, transposed = super().plan(shapes), by_rows([shape.outputs for shape in shapes])
-        return replace(plan, second=tuple(v and replace(v, transposed=transposed) for v in plan.second))
-
     def _stored(self, inputs: int, outputs: int, factored: bool) -> Stored:
+        # The kernel reads rows of one output each, whether they are of a factor or of a dense matrix.
         return Stored(inputs, outputs, transposed=True)
 
     def obstacle(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]], capacity: int) -> str | None:

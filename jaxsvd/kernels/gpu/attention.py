@@ -21,7 +21,6 @@ from jaxsvd.kernels.gpu.stream import full, share
 
 UNITS = 128  # parts of the cache that are attended to side by side, of all heads of keys: some one to a block
 SPLITS = 16  # of them per head of keys, at most
-AHEAD = 1  # tiles that are on their way while another is used
 NOTHING = -1e30  # the maximum of no scores
 
 
@@ -32,7 +31,7 @@ def splits(kv_heads: int) -> int:
 
 @dataclass(frozen=True)
 class Attention:
-    """The two steps. `state`, float32, holds q, k and v at elements `heads`, and `mixed`, bfloat16, gets the result."""
+    """The two steps. `vectors` bfloat16 holds q, k and v at elements `heads`, and gets the result at `mixed`."""
 
     shape: LayerShape
     layer: jax.Array
@@ -42,27 +41,12 @@ class Attention:
     angles: Sequence[Any]  # cosines and sines, float32 (head_dim/2,)
     norms: Sequence[Any]  # of the heads of q and k, (layers, head_dim), or none
     caches: Sequence[PerLayer]  # keys and values, (kv_heads, capacity, head_dim)
-    state: Any
+    vectors: Any
     heads: Sequence[int]
-    mixed: Any
-    partial: Sequence[Any]  # what each part of the cache gives: see `partials`
-    warps: Sequence[Any]  # in shared memory, what each warp gives: see `scratch`
-    together: Callable[[], None]  # what any thread of the warpgroup has stored there is seen by all behind it
-
-    @staticmethod
-    def partials(shape: LayerShape) -> list[tuple[int, ...]]:
-        """Of each head and part, float32: its greatest score, the sum of exponentials, and the mix of values.
-
-        This is not yet divided by the sum.
-        """
-        each = shape.heads, splits(shape.kv_heads)
-        return [each, each, (*each, shape.head_dim)]
-
-    @staticmethod
-    def scratch(shape: LayerShape) -> list[Any]:
-        """Of each head of a group and warp, the same: see `LayerShape.sides`."""
-        each = shape.heads // shape.kv_heads, 4
-        return [plgpu.SMEM(size, jnp.float32) for size in (each, each, (*each, shape.head_dim))]
+    mixed: int
+    parts: Any  # float32 (heads, splits, head_dim): what each part of the cache mixes, not yet divided by its total
+    tops: Any  # float32 (heads, splits): the greatest score of each part
+    totals: Any  # float32 (heads, splits): the sum of the exponentials there
 
     @property
     def half(self) -> int:
@@ -79,15 +63,21 @@ class Attention:
         """A value per token (axis 0) or per element (axis 1) to (4, head_dim/2)."""
         return plgpu.layout_cast(lax.broadcast_in_dim(x, (4, self.half), (axis,)), self.pairs)
 
-    def mine(self, count: int) -> jax.Array:
-        """How many of `count` items are this block's: every `blocks`-th."""
-        return share(count, self.block, self.blocks)
+    def every(self, count: int) -> Callable[[Callable[[jax.Array], None]], None]:
+        """Run a function for this block's share of `count` items."""
+
+        def run(item: Callable[[jax.Array], None]) -> None:
+            mine = share(count, self.block, self.blocks)
+            lax.fori_loop(0, mine, lambda i, _: item(self.block + i * self.blocks), None)
+
+        return run
 
     def head(self, kind: int, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The halves of head `index` of q, k or v (kind 0 to 2): normed where the model does, and rotated; not v."""
         layout = self.pairs.reduce((0,))
         start = self.heads[kind] + index * self.shape.head_dim
-        low, high = (load(self.state.at[pl.ds(start + at, self.half)], layout) for at in (0, self.half))
+        low, high = (load(self.vectors.at[pl.ds(start + at, self.half)], layout) for at in (0, self.half))
+        low, high = low.astype(jnp.float32), high.astype(jnp.float32)
         if kind == 2:
             return low, high
         if self.norms:
@@ -118,38 +108,21 @@ class Attention:
             for cache in self.caches
         ]
 
-    @property
-    def items(self) -> int:
-        """How many parts there are, of all heads of keys."""
-        return self.shape.kv_heads * splits(self.shape.kv_heads)
-
-    def part(self, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Of a part: its head of keys, its number there, its first token, and the one behind its last."""
-        parts = splits(self.shape.kv_heads)
-        kv_head, split = lax.div(index, parts), lax.rem(index, parts)
-        # Each part has the same number of tokens, whole tiles of them; the last ones may have none.
-        length = lax.div(self.position + (parts * TOKENS - 1), parts * TOKENS) * TOKENS
-        begin = split * length
-        return kv_head, split, begin, jnp.minimum(begin + length, self.position)
-
-    def ahead(self, index: jax.Array) -> Any:
-        """The first tiles of a part: they need not wait for the new token."""
-        kv_head, _, begin, _ = self.part(jnp.minimum(index, self.items - 1))
-        return [self.fetch(kv_head, begin + i * TOKENS) for i in range(AHEAD)]
-
-    def attend(self, fetched: Any) -> None:
-        """The parts, dealt out to the blocks; `fetched` is what is `ahead` of this block's first one.
-
-        The first part of each head of keys also attends to the new token.
-        """
+    def attend(self) -> None:
+        """The parts, dealt out to the blocks; the first of each head of keys also attends to the new token."""
         shape, half, token = self.shape, self.half, self.pairs.reduce((1,))
+        parts = splits(shape.kv_heads)
         group = shape.heads // shape.kv_heads
-        mine = self.mine(self.items)
 
-        def item(i: jax.Array, fetched: Any) -> Any:
-            index = self.block + i * self.blocks
-            kv_head, split, begin, end = self.part(index)
+        @self.every(shape.kv_heads * parts)
+        def item(index: jax.Array) -> None:
+            kv_head, split = lax.div(index, parts), lax.rem(index, parts)
+            # Each part has the same number of tokens, whole tiles of them; the last ones may have none.
+            length = lax.div(self.position + (parts * TOKENS - 1), parts * TOKENS) * TOKENS
+            begin = split * length
+            end = jnp.minimum(begin + length, self.position)
             tiles = lax.div(jnp.maximum(end - begin, 0) + (TOKENS - 1), TOKENS)
+            ahead = self.fetch(kv_head, begin)  # each tile is on its way while the one before is used
 
             scale = shape.head_dim**-0.5
             queries = [[x * scale for x in self.head(0, kv_head * group + i)] for i in range(group)]
@@ -157,19 +130,19 @@ class Attention:
             pl.when(split == 0)(lambda: self.append(kv_head, key, value))
 
             # The new token counts once: with the first warp of the first part.
-            new = plgpu.broadcasted_iota(jnp.int32, (4, half), 0, layout=self.pairs) + split == 0
+            mine = plgpu.broadcasted_iota(jnp.int32, (4, half), 0, layout=self.pairs) + split == 0
             alone = plgpu.broadcasted_iota(jnp.int32, (4,), 0, layout=token) + split == 0
             state = []
             for low, high in queries:
                 score = jnp.sum(low * key[0] + high * key[1], axis=0)
                 state.append(jnp.where(alone, full(1.0, (4,), token) * score, full(NOTHING, (4,), token)))
                 state.append(jnp.where(alone, full(1.0, (4,), token), full(0.0, (4,), token)))
-                state += [jnp.where(new, self.spread(x, 1), full(0.0, (4, half), self.pairs)) for x in value]
+                state += [jnp.where(mine, self.spread(x, 1), full(0.0, (4, half), self.pairs)) for x in value]
 
             def tile(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-                state, (fetched, *others) = carry
+                state, fetched = carry
                 rows = [begin + i * TOKENS + j for j in range(0, TOKENS, 4)]
-                last = self.fetch(kv_head, begin + (i + AHEAD) * TOKENS)
+                ahead = self.fetch(kv_head, begin + (i + 1) * TOKENS)
                 keys, values = jax.tree.map(lambda x: x.astype(jnp.float32), fetched)
                 seen = [plgpu.broadcasted_iota(jnp.int32, (4,), 0, layout=token) + row < end for row in rows]
                 result = []
@@ -186,53 +159,33 @@ class Attention:
                     for weight, v in zip(weights, values, strict=True):
                         mixed = [x + self.spread(weight, 0) * part for x, part in zip(mixed, v, strict=True)]
                     result += [new_top, total, *mixed]
-                return result, [*others, last]
+                return result, ahead
 
-            state, fetched = lax.fori_loop(0, tiles, tile, (state, fetched))
-            self.gather(kv_head * group, split, [state[4 * g : 4 * g + 4] for g in range(group)])
-            following = jnp.where(i + 1 < mine, 1, 0)
-            return lax.fori_loop(0, following, lambda _, __: self.ahead(index + self.blocks), fetched)
-
-        lax.fori_loop(0, mine, item, fetched)
-
-    def gather(self, first: jax.Array, split: jax.Array, heads: Sequence[Sequence[jax.Array]]) -> None:
-        """Put together what the four warps have of a part, for heads from `first` on: top, total and halves of each."""
-        tops, totals, sides = self.warps
-        self.together()  # all have read what the part before has left there
-        for g, (top, total, *mixed) in enumerate(heads):
-            tops.at[g][...] = top
-            totals.at[g][...] = total
-            for start, x in zip((0, self.half), mixed, strict=True):
-                sides.at[g, :, pl.ds(start, self.half)][...] = x
-        self.together()
-        for g in range(len(heads)):
-            each = [tops[g, warp] for warp in range(4)]
-            greatest = reduce(jnp.maximum, each)
-            shrinks = [jnp.exp(top - greatest) for top in each]
-            self.partial[0][first + g, split] = greatest
-            self.partial[1][first + g, split] = reduce(jnp.add, [x * totals[g, warp] for warp, x in enumerate(shrinks)])
-            for half in (pl.ds(start, self.half) for start in (0, self.half)):
-                parts = [load(sides.at[g, warp, half], self.pairs.reduce((0,))) for warp in range(4)]
-                mixed = reduce(jnp.add, [part * shrink for part, shrink in zip(parts, shrinks, strict=True)])
-                self.partial[2].at[first + g, split, half][...] = mixed
+            state, _ = lax.fori_loop(0, tiles, tile, (state, ahead))
+            for g in range(group):
+                top, total, *mixed = state[4 * g : 4 * g + 4]
+                greatest = jnp.max(top, axis=0)
+                shrink = jnp.exp(top - greatest)
+                head = kv_head * group + g
+                self.tops[head, split] = greatest
+                self.totals[head, split] = jnp.sum(total * shrink, axis=0)
+                for start, x in zip((0, half), mixed, strict=True):
+                    self.parts.at[head, split, pl.ds(start, half)][...] = jnp.sum(x * self.spread(shrink, 0), axis=0)
 
     def combine(self) -> None:
         """Put the parts of each head together."""
         layout = self.pairs.reduce((0,))
 
-        def item(i: jax.Array, _: None) -> None:
-            head = self.block + i * self.blocks
-            all_tops, all_totals, parts = self.partial
-            tops = [all_tops[head, split] for split in range(splits(self.shape.kv_heads))]
+        @self.every(self.shape.heads)
+        def item(head: jax.Array) -> None:
+            tops = [self.tops[head, split] for split in range(splits(self.shape.kv_heads))]
             greatest = reduce(jnp.maximum, tops)
             weights = [jnp.exp(top - greatest) for top in tops]
-            total = reduce(jnp.add, [weight * all_totals[head, split] for split, weight in enumerate(weights)])
+            total = reduce(jnp.add, [weight * self.totals[head, split] for split, weight in enumerate(weights)])
             for start in (0, self.half):
-                mixed = [
-                    load(parts.at[head, split, pl.ds(start, self.half)], layout) * weight
+                parts = [
+                    load(self.parts.at[head, split, pl.ds(start, self.half)], layout) * weight
                     for split, weight in enumerate(weights)
                 ]
-                target = pl.ds(head * self.shape.head_dim + start, self.half)
-                self.mixed.at[target][...] = (reduce(jnp.add, mixed) / total).astype(jnp.bfloat16)
-
-        lax.fori_loop(0, self.mine(self.shape.heads), item, None)
+                target = pl.ds(self.mixed + head * self.shape.head_dim + start, self.half)
+                self.vectors.at[target][...] = (reduce(jnp.add, parts) / total).astype(jnp.bfloat16)

@@ -6,15 +6,13 @@ a layer. Here the blocks stay, one on each multiprocessor. While one warpgroup s
 (`jaxsvd.kernels.gpu.stream`), the other multiplies; between two products that depend on each other all blocks meet at
 a counter in global memory, and meanwhile the ring fills.
 
-U and V need no such meeting where a block that has some ranks has them of both: then it adds what its ranks give to
-all outputs, as the others do. Sums, norms, RoPE, softmax and the residual stream are float32; what products read is
-bfloat16.
+Sums, norms, RoPE, softmax and the residual stream are float32; what one product gives to the next is bfloat16.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, reduce
-from itertools import accumulate, chain, islice
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from typing import Any
 
 import jax
@@ -25,86 +23,149 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import ptx
-from jaxsvd.kernels.gpu.attention import Attention
+from jaxsvd.kernels.gpu.attention import Attention, splits
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load, table
-from jaxsvd.kernels.gpu.shape import Group, LayerShape, aligned, ring, roomy, shares, whole
-from jaxsvd.kernels.gpu.stream import SCRATCH, Member, Product, Stream, full, strided
-
-NORMED = 512  # elements that a warpgroup reads at once: 16 bytes a thread
-CLEARED = 512  # elements that a block clears at once
-PIECE = 2048  # elements of gate and of up that are read at once
+from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, Group, LayerShape, aligned, ring, roomy, whole
+from jaxsvd.kernels.gpu.stream import SCRATCH, SUMS, Phase, Stream, Streamed, Tiles, X
 
 
-def normed(state: Any, gain: Any, width: int, eps: float) -> list[jax.Array]:
-    """RMSNorm of the residual stream, the first elements of `state`, times a gain with room for whole NORMED ones."""
-    size = whole(width, NORMED)
-    x, gain = (load(ref.at[pl.ds(0, size)], strided(4)) for ref in (state, gain))
-    x = within(x, width)
-    scale = lax.rsqrt(jnp.sum(x * x) / width + eps)
-    return [(x * scale * gain.astype(jnp.float32)).astype(jnp.bfloat16)]
+def gate(g: jax.Array, u: jax.Array) -> jax.Array:
+    """silu(g)·u."""
+    return g / (1.0 + jnp.exp(-g)) * u
 
 
-def gated(state: Any, gate: int, up: int, width: int) -> list[jax.Array]:
-    """silu(gate)·up of elements of `state`."""
-    pieces = []
-    for start in range(0, width, PIECE):
-        size = min(PIECE, whole(width - start, NORMED))
-        g, u = (load(state.at[pl.ds(place + start, size)], strided(4)) for place in (gate, up))
-        pieces.append(within(g / (1.0 + jnp.exp(-g)) * u, width - start).astype(jnp.bfloat16))
-    return pieces
+@dataclass
+class Products:
+    """The products of a layer, in order: those `before` attention, and those `behind` it.
 
+    x and `middle`, float32, are the residual stream before and after attention. Everything else lies in `vectors`,
+    bfloat16, `size` elements: q, k and v at `heads`, what attention gives at `mixed`. References and weights may be
+    None where only sizes are asked for.
+    """
 
-def within(values: jax.Array, width: Any) -> jax.Array:
-    """Zeros from `width` on."""
-    if isinstance(width, int) and values.size <= width:
-        return values
-    inside = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=strided(4)) < width
-    return jnp.where(inside, values, jnp.zeros((), values.dtype))
+    shape: LayerShape  # of this layer
+    weights: Sequence[Sequence[Any]]
+    norms: Sequence[Any]
+    x: Any
+    middle: Any
+    vectors: Any
+    size: int = 0
 
+    def __post_init__(self) -> None:
+        shape, (qkv, o, gate_up, down) = self.shape, self.weights
+        self.mixed, inner = self._take(shape.o.inputs), self._take(shape.down.inputs)
+        before, behind = (
+            X(ref, 0, shape.qkv.inputs, shape.qkv.inputs, gain, shape.eps)
+            for ref, gain in zip((self.x, self.middle), self.norms, strict=True)
+        )
+        self.before, self.heads = self._project(shape.qkv, qkv, before)
+        self.behind = [
+            *self._add(shape.o, o, self.mixed, self.x, self.middle),
+            *self._gate(shape.gate_up, gate_up, behind, inner),
+            *self._add(shape.down, down, inner, self.middle, self.x),
+        ]
 
-Read = Callable[[], Sequence[jax.Array]]
+    @property
+    def phases(self) -> list[Phase]:
+        """All of them."""
+        return [*self.before, *self.behind]
 
+    def _take(self, width: int) -> int:
+        start, self.size = self.size, self.size + width
+        return start
 
-@dataclass(frozen=True)
-class Share:
-    """A block's share of the products of a layer. Results are added to elements of `state`."""
+    def _tiles(self, rows: int, members: Sequence[Streamed], start: int) -> Tiles:
+        """Products whose results go to `vectors` from element `start` on."""
 
-    block: jax.Array
-    blocks: int
-    state: Any
+        def store(row: jax.Array, sums: list[jax.Array], _: Any) -> None:
+            self.vectors.at[pl.ds(start + row, ROWS)][...] = sums[0].astype(jnp.bfloat16)
 
-    def products(
-        self, group: Group, arrays: Iterator[PerLayer], read: Read, places: Sequence[int], strips: Sequence[int]
-    ) -> list[Product]:
-        """Those of a group, whose arrays are the next ones.
+        return Tiles(rows, members, store)
 
-        `places` are those of the members' results. By rows there are two, and `strips` are the places between them.
-        """
-        first, low_rank = next(arrays), group.low_rank
-        seconds = dict(zip(low_rank, arrays, strict=False))
-        between = dict(zip(low_rank, strips, strict=True)) if group.by_rows else {}
-        members = []
-        each = zip(group.starts, shares(group.widths, group.costs, self.block, self.blocks), places, strict=True)
-        for i, (start, share, place) in enumerate(each):
-            member = Member(first, group.inputs, start, *share, self.state, place)
-            if i in between:
-                member = replace(member, place=group.either(i, between[i], place))
-            elif i in seconds:
-                dense = group.ranks[i] == 0 if i in group.dense else False
-                member = replace(member, second=seconds[i], outputs=group.outputs[i], dense=dense)
-            members.append(member)
-        if not between:
-            return [Product(members, read)]
-        behind, x = [], 0
-        for i, share in zip(low_rank, shares(*group.seconds, self.block, self.blocks), strict=True):
-            behind.append(Member(seconds[i], group.ranks[i], 0, *share, self.state, places[i], x))
-            x += roomy(group.deepest[i])
+    def _first(self, group: Group, weight: Any, x: X) -> tuple[Phase, list[Any]]:
+        """The product that serves a whole group, and where each member's result begins."""
+        strip = self._take(sum(group.most))
+        phase = Phase([x], [self._tiles(sum(group.widths), [Streamed(weight, group.inputs)], strip)])
+        return phase, [strip + start for start in group.starts]
 
-        def strip(i: int) -> jax.Array:
-            values = load(self.state.at[pl.ds(between[i], roomy(group.deepest[i]))], strided(4))
-            return within(values, group.ranks[i]).astype(jnp.bfloat16)
+    def _second(self, group: Group, weights: Sequence[Any], places: Sequence[Any]) -> tuple[list[X], list[Streamed]]:
+        """The V of each low-rank member, and what they read, which lies at `places`."""
+        members, at = [], 0
+        for weight, i in zip(weights, group.low_rank, strict=True):
+            members.append(Streamed(weight, group.ranks[i], 0, at))
+            at += roomy(group.deepest[i])
+        return [X(self.vectors, places[i], group.ranks[i], group.deepest[i]) for i in group.low_rank], members
 
-        return [Product(members, read), Product(behind, lambda: [strip(i) for i in low_rank])]
+    def _passed(self, group: Group, places: Sequence[Any], row: jax.Array) -> dict[int, jax.Array]:
+        """What the first product gave of members that are dense, here or in other layers."""
+        parts = {i: load(self.vectors.at[pl.ds(places[i] + row, ROWS)], SUMS) for i in group.dense}
+        return {i: part.astype(jnp.float32) for i, part in parts.items()}
+
+    @staticmethod
+    def _results(group: Group, sums: Sequence[jax.Array], passed: dict[int, jax.Array]) -> list[jax.Array]:
+        """The result of each member: its sums, or what was passed on where it is dense."""
+        given = passed | dict(zip(group.low_rank, sums, strict=True))
+        for i in set(passed) & set(group.low_rank):
+            dense = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=SUMS) >= group.ranks[i]  # all, or none
+            given[i] = jnp.where(dense, passed[i], given[i])
+        return [given[i] for i in range(len(group.ranks))]
+
+    def _project(self, group: Group, weights: Sequence[Any], x: X) -> tuple[list[Phase], list[Any]]:
+        """The phases of a group, and where each member's result begins."""
+        phase, places = self._first(group, weights[0], x)
+        strips, members = self._second(group, weights[1:], places)
+        tiles = []
+        for i, member in zip(group.low_rank, members, strict=True):
+            result = self._take(group.outputs[i])
+            tiles.append(self._tiles(group.unless_dense(i, group.outputs[i], 0), [member], result))
+            places[i] = group.unless_dense(i, result, places[i])
+        return [phase, *([Phase(strips, tiles)] if tiles else [])], places
+
+    def _add(self, group: Group, weights: Sequence[Any], source: int, residual: Any, target: Any) -> list[Phase]:
+        """The phases of a lone matrix, whose result is added to the residual stream."""
+
+        def held(row: jax.Array) -> jax.Array:
+            return load(residual.at[pl.ds(row, ROWS)], SUMS)
+
+        def add(row: jax.Array, more: jax.Array, held: jax.Array) -> None:
+            target.at[pl.ds(row, ROWS)][...] = held + more
+
+        x = X(self.vectors, source, group.inputs, group.inputs)
+        if not group.low_rank:
+            lone = Streamed(weights[0], group.inputs)
+            return [
+                Phase([x], [Tiles(group.outputs[0], [lone], lambda row, sums, held: add(row, sums[0], held), held)])
+            ]
+        phase, places = self._first(group, weights[0], x)
+        strips, members = self._second(group, weights[1:], places)
+
+        def early(row: jax.Array) -> tuple[jax.Array, dict[int, jax.Array]]:
+            return held(row), self._passed(group, places, row)
+
+        def store(row: jax.Array, sums: list[jax.Array], given: tuple[jax.Array, dict[int, jax.Array]]) -> None:
+            add(row, self._results(group, sums, given[1])[0], given[0])
+
+        return [phase, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
+
+    def _gate(self, group: Group, weights: Sequence[Any], x: X, target: int) -> list[Phase]:
+        """The phases of gate and up, whose tiles go in pairs."""
+
+        def put(row: jax.Array, pair: Sequence[jax.Array]) -> None:
+            self.vectors.at[pl.ds(target + row, ROWS)][...] = gate(*pair).astype(jnp.bfloat16)
+
+        if not group.low_rank:
+            members = [Streamed(weights[0], group.inputs, start) for start in group.starts]
+            return [Phase([x], [Tiles(group.outputs[0], members, lambda row, sums, _: put(row, sums))])]
+        phase, places = self._first(group, weights[0], x)
+        strips, members = self._second(group, weights[1:], places)
+
+        def early(row: jax.Array) -> dict[int, jax.Array]:
+            return self._passed(group, places, row)
+
+        def store(row: jax.Array, sums: list[jax.Array], passed: dict[int, jax.Array]) -> None:
+            put(row, self._results(group, sums, passed))
+
+        return [phase, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
 
 
 def _complete(shape: LayerShape, arrays: Sequence[jax.Array]) -> Iterator[jax.Array]:
@@ -126,8 +187,8 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
     - x (hidden,), the token's vector, and the position () int32 that it has;
     - cosines and sines of RoPE at the position, float32 (head_dim/2,);
     - the weights of the two norms (layers, hidden), and of those of the heads of q and k (layers, head_dim), if any;
-    - the weights of the four groups of each layer in bfloat16: the first product's (outputs, inputs), then each V,
-      (outputs, rank) where the group is divided `by_rows`, and else (rank, outputs);
+    - the weights of the four groups of each layer in bfloat16, (outputs, inputs) each: the first product's, then each
+      V;
     - keys and values, each a list of references to the bfloat16 (kv_heads, capacity, head_dim) of a layer, which get
       the new token: see `LayerShape.obstacle`,
 
@@ -136,20 +197,13 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
     all_shapes = aligned(shapes)
     assert all_shapes is not None
     shape, layers = all_shapes[0], len(shapes)
-    hidden, inner = shape.qkv.inputs, shape.down.inputs
+    hidden = shape.qkv.inputs
     counts = [1 + len(group.low_rank) for group in shape.groups]
+    sizes = Products(shape, [[None] * count for count in counts], (None, None), None, None, None)
+    meetings = len(sizes.phases) + 2  # of a layer: attention has two of its own
     matrices = sum(counts)  # of a layer
-    slots = ring(shape, layers)
-    strip = max(one.strip(blocks) for one in all_shapes)
+    slots = ring(shape.held, layers * shape.arrays)
     ranks = None if len(set(shapes)) == 1 else np.array([one.ranks for one in all_shapes], np.int32)
-    meetings = sum(2 if group.strips else 1 for group in shape.groups) + 2  # of a layer: attention has two of its own
-    # The state: the residual stream, then what is added up anew in each layer.
-    places = accumulate(
-        (hidden, *shape.qkv.outputs, *shape.gate_up.outputs, *chain(*(group.strips for group in shape.groups)))
-    )
-    heads, (gate, up) = list(islice(places, 3)), islice(places, 2)
-    strips = [list(islice(places, len(group.strips))) for group in shape.groups]
-    end = next(places)
 
     def body(*refs: Any) -> None:
         take = iter(refs)
@@ -158,37 +212,19 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
         head_norms = [next(take) for _ in range(2 if shape.head_norms else 0)]
         ranked = None if ranks is None else next(take)
         weights = [[next(take) for _ in range(layers)] for _ in range(matrices)]
-        state, counter = (next(take) for _ in range(2))
+        x, counter = (next(take) for _ in range(2))
         caches = [[next(take) for _ in range(layers)] for _ in range(2)]
-        mixed, *partial = (next(take) for _ in range(4))
+        middle, vectors, *partial = (next(take) for _ in range(5))
         tables = [None, None] if interpret else [next(take) for _ in range(2)]
-        warps = [next(take) for _ in range(3)]
         block = lax.axis_index("block")
-        stream = Stream(block, slots, list(take), bool(interpret))
+        stream = Stream(block, blocks, slots, list(take), bool(interpret))
 
-        def of(layer: jax.Array) -> list[list[Product]]:
-            """A layer's products: of q, k and v, of o, of gate and up, and of down."""
+        def of(layer: jax.Array) -> Products:
+            """A layer's products."""
             arrays = (PerLayer(refs, layer, tables[0], i * layers) for i, refs in enumerate(weights))
+            groups = [list(islice(arrays, count)) for count in counts]
             given = shape if ranked is None else shape.of([ranked[layer, i] for i in range(len(shape.ranks))])
-            before, behind = (norm.at[layer] for norm in norms)
-            share = Share(block, blocks, state)
-            reads = (
-                lambda: normed(state, before, hidden, shape.eps),
-                lambda: [within(load(mixed.at[pl.ds(0, mixed.shape[0])], strided(4)), shape.o.inputs)],
-                lambda: normed(state, behind, hidden, shape.eps),
-                lambda: gated(state, gate, up, inner),
-            )
-            each = zip(given.groups, reads, (heads, [0], [gate, up], [0]), strips, strict=True)
-            return [share.products(group, arrays, read, place, strip) for group, read, place, strip in each]
-
-        def clear() -> None:
-            """What is added up anew in each layer, when nobody reads it any more or adds to it yet."""
-            start, size = block * CLEARED, CLEARED * blocks
-            for at in range(hidden, end, size):
-
-                @pl.when(at + start < end)
-                def region(at: int = at) -> None:
-                    state.at[pl.ds(at + start, CLEARED)][...] = full(0.0, (CLEARED,), strided(4))
+            return Products(given, groups, norms, x, middle, vectors)
 
         def run(layer: jax.Array, count: jax.Array) -> jax.Array:
             met = iter(range(meetings))
@@ -197,32 +233,26 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
                 if not interpret:
                     ptx.meet(counter, (layer * meetings + next(met) + 1) * blocks)
 
-            before, *behind = of(layer)
+            products = of(layer)
             cached = [PerLayer(refs, layer, tables[1], i * layers) for i, refs in enumerate(caches)]
             attention = Attention(
-                *(shape, layer, block, blocks, position[0], angles, head_norms, cached, state, heads, mixed),
-                partial,
-                warps,
-                stream.together,
+                *(shape, layer, block, blocks, position[0], angles, head_norms, cached),
+                *(vectors, products.heads, products.mixed, *partial),
             )
-            fetched = None
-            for product in before:
-                count = stream.multiply(count, product)
-                if product is before[-1]:
-                    fetched = attention.ahead(block)
-                meet()
-            attention.attend(fetched)
-            meet()
-            attention.combine()
-            clear()
-            meet()
-            for product in chain(*behind):
-                count = stream.multiply(count, product)
+            phases = products.phases
+            for number, (phase, deal) in enumerate(zip(phases, stream.deal(phases), strict=True)):
+                if number == len(products.before):
+                    attention.attend()
+                    meet()
+                    attention.combine()
+                    meet()
+                stream.hold(layer, phase)
+                count = stream.multiply(count, deal)
                 meet()
             return count
 
         def fill(layer: jax.Array, count: jax.Array) -> jax.Array:
-            return reduce(stream.fill, chain(*of(layer)), count)
+            return stream.fill(count, stream.deal(of(layer).phases))
 
         def publish(table: Any, arrays: Sequence[Sequence[Any]]) -> None:
             if table is not None:
@@ -240,14 +270,16 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
             stream.open()
             stream.drain(lax.fori_loop(0, layers, fill, jnp.int32(0)))
 
+    parts = (shape.heads, splits(shape.kv_heads))
     tables = [] if interpret else [table(layers * matrices), table(layers * 2)]
     kernel = plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((roomy(shape.o.inputs),), jnp.bfloat16),
-            *(jax.ShapeDtypeStruct(size, jnp.float32) for size in Attention.partials(shape)),
+            jax.ShapeDtypeStruct((roomy(hidden),), jnp.float32),
+            jax.ShapeDtypeStruct((roomy(sizes.size) + SPAN,), jnp.bfloat16),
+            *(jax.ShapeDtypeStruct(size, jnp.float32) for size in ((*parts, shape.head_dim), parts, parts)),
         ],
-        scratch_types=[*tables, *Attention.scratch(shape), *Stream.scratch(slots, shape.held, strip, bool(interpret))],
+        scratch_types=[*tables, *Stream.scratch(slots, shape.held, bool(interpret))],
         grid=(blocks,),
         grid_names=("block",),
         num_threads=2,
@@ -276,7 +308,7 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
         before, behind, *head_norms = norms
         if odd := whole(hidden, NORMED) - hidden:  # not where it need not be: it is done in every step
             before, behind = (jnp.pad(gain, ((0, 0), (0, odd))) for gain in (before, behind))
-        state = jax.new_ref(jnp.pad(x.astype(jnp.float32), (0, whole(end, CLEARED) + NORMED - hidden)))
+        residual = jax.new_ref(jnp.pad(x.astype(jnp.float32), (0, roomy(hidden) - hidden)))
         counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
         # A position behind the end is clamped, as XLA's dynamic slices are.
         position = jnp.minimum(position, keys[0].shape[1] - 1).reshape(1)
@@ -284,7 +316,7 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
         weights = [array for one in zip(*complete, strict=True) for array in one]
         ranked = [] if ranks is None else [jnp.asarray(ranks)]
         vectors = position, cosines, sines, before, behind, *head_norms, *ranked
-        kernel(*vectors, *weights, state, counter, *keys, *values)
-        return state[...][:hidden]
+        kernel(*vectors, *weights, residual, counter, *keys, *values)
+        return residual[...][:hidden]
 
     return call

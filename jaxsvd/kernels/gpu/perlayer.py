@@ -79,19 +79,16 @@ class PerLayer:
 
         self._each(write)
 
-    def fetch(
-        self, row: jax.Array, rows: jax.Array, column: jax.Array, width: int, target: Any, full: Any, slot: jax.Array
-    ) -> None:
-        """Start to copy some rows into the first ones of `target` (n, SPAN), a slot of a ring in shared memory.
+    def fetch(self, row: jax.Array, column: jax.Array, width: Any, target: Any, full: Any, slot: jax.Array) -> None:
+        """Start to copy rows into `target` (rows, SPAN), a slot of a ring in shared memory: SPAN columns.
 
-        SPAN columns of them; the array is (m, `width`), m being that of this layer, and the copy ends at its edge.
-        `full` are the ring's barriers: see `ptx`; in the interpreter Pallas' own.
+        The array is (n, `width`), which may be that of this layer only, and the copy ends at its edge. `full` are the
+        ring's barriers: see `ptx`; in the interpreter Pallas' own.
         """
         if self.table is not None:
             size = jnp.minimum(SPAN, width - column)
-            place = row * width + column
-            ptx.fetch(self.table, self.first + self.layer, place, width, rows, size, target, full, slot)
+            ptx.fetch(self.table, self.first + self.layer, row * width + column, width, size, target, full, slot)
             return
-        # Here the copy brings all rows, and zeros behind the edge.
+        # Here the copy reads zeros behind the edge.
         region = pl.ds(row, target.shape[0]), pl.ds(column, SPAN)
         self._each(lambda ref: plgpu.copy_gmem_to_smem(ref.at[region], target, full.at[slot]))

@@ -59,41 +59,6 @@ def multiply(sums: jax.Array, weights: jax.Array, x: jax.Array, layouts: tuple[A
     return _inline(layouts, run, sums, weights, x, result=result)
 
 
-def add(target: Any, start: jax.Array, values: jax.Array, count: jax.Array, layout: Any) -> None:
-    """Add the first `count` of some values (n,) to elements of `target` in global memory, float32, from `start` on.
-
-    Others may add to the same ones. The threads of a warpgroup hold a few neighbours each, in their order, and if they
-    are done before the end begin anew. If there are four to a thread `start` and `count` are multiples of it.
-    """
-    size = values.size
-
-    def run(_: Any, target: Any, start: Any, values: Any, count: Any) -> None:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        held = list(values.registers.flat)
-        each = ir.VectorType(held[0].type).shape[0]
-        step, vector = (4, "v4.") if each == 4 else (1, "")
-        given = ", ".join(f"${i + 1}" for i in range(step))
-        asm = f"red.relaxed.gpu.global.add.{vector}f32 [$0], " + (f"{{{given}}};" if vector else f"{given};")
-        thread = arith.remui(utils.thread_idx(), arith.constant(i32, utils.WARPGROUP_SIZE))
-        first = arith.muli(thread, arith.constant(i32, each))
-        place = utils.getelementptr(utils.memref_ptr(target), [arith.addi(start.registers.item(), first)], f32)
-        # Where there are fewer values than threads, others hold the same ones.
-        count = arith.minsi(count.registers.item(), arith.constant(i32, size))
-        for i, register in enumerate(held):
-            for j in range(0, each, step):
-                at = i * utils.WARPGROUP_SIZE * each + j
-                with utils.when(arith.cmpi(arith.CmpIPredicate.slt, arith.addi(first, arith.constant(i32, at)), count)):
-                    llvm.inline_asm(
-                        ir.Type.parse("!llvm.void"),
-                        [utils.getelementptr(place, [at], f32), *(_element(register, j + k) for k in range(step))],
-                        asm,
-                        ",".join(["l", *["f"] * step, "~{memory}"]),
-                        has_side_effects=True,
-                    )
-
-    _inline((plgpu.RefType(), NUMBER, layout, NUMBER), run, target, start, values, count)
-
-
 def _inline(types: tuple[Any, ...], run: Callable[..., Any], *args: Any, result: Any = None) -> Any:
     """Put what `run(context, *args)` builds into the kernel."""
     inlined: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)(run)
@@ -224,34 +189,31 @@ def fetch(
     table: Any,
     entry: jax.Array,
     start: jax.Array,
-    stride: int,
-    rows: jax.Array,
+    stride: Any,
     size: jax.Array,
     target: Any,
     barriers: Any,
     slot: jax.Array,
 ) -> None:
-    """Start to copy `size` elements of each of `rows` rows of an array, `stride` apart, into those of `target`.
+    """Start to copy `size` elements of each of some rows of an array, `stride` apart, into those of `target`.
 
     `entry` of `table` is the array's address, `start` the first element. The slot's barrier ends its phase behind it.
     """
 
     def run(_: Any, target: Any, table: Any, barriers: Any, slot: Any, *numbers: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
-        entry, start, stride, rows, size = (value.registers.item() for value in numbers)
+        entry, start, stride, size = (value.registers.item() for value in numbers)
         kind = ir.MemRefType(target.type)
-        most, pitch, two = kind.shape[0], kind.get_strides_and_offset()[0][0], arith.constant(i32, 2)
+        rows, pitch, two = kind.shape[0], kind.get_strides_and_offset()[0][0], arith.constant(i32, 2)
         size, barrier = arith.muli(size, two), _barrier(barriers, slot)
         # One thread for each row, in all warps alike: those of a warp copy one after the other.
         thread = arith.remui(utils.thread_idx(), arith.constant(i32, utils.WARPGROUP_SIZE))
         warp, lane = (op(thread, arith.constant(i32, utils.WARP_SIZE)) for op in (arith.divui, arith.remui))
-        warps = arith.constant(i32, utils.WARPGROUP_SIZE // utils.WARP_SIZE)
-        each = arith.constant(i32, most * utils.WARP_SIZE // utils.WARPGROUP_SIZE)
-        at = arith.addi(arith.muli(lane, warps), warp)
-        mine = (arith.cmpi(arith.CmpIPredicate.ult, *pair) for pair in ((lane, each), (at, rows)))
-        with utils.when(arith.andi(*mine)):
+        each = arith.constant(i32, rows * utils.WARP_SIZE // utils.WARPGROUP_SIZE)
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, each)):
             first = arith.cmpi(arith.CmpIPredicate.eq, thread, arith.constant(i32, 0))
-            barrier.arrive_expect_tx(arith.muli(size, rows), predicate=first)
+            barrier.arrive_expect_tx(arith.muli(size, arith.constant(i32, rows)), predicate=first)
+            at = arith.addi(arith.muli(warp, each), lane)
             source = _found(table, entry, arith.addi(start, arith.muli(at, stride)))
             row = arith.addi(_shared(utils.memref_ptr(target)), arith.muli(at, arith.constant(i32, 2 * pitch)))
             llvm.inline_asm(
@@ -262,8 +224,8 @@ def fetch(
                 has_side_effects=True,
             )
 
-    types = (plgpu.RefType(),) * 3 + (NUMBER,) * 6
-    _inline(types, run, target, table, barriers, slot, entry, start, jnp.int32(stride), rows, size)
+    types = (plgpu.RefType(),) * 3 + (NUMBER,) * 5
+    _inline(types, run, target, table, barriers, slot, entry, start, jnp.asarray(stride, jnp.int32), size)
 
 
 def _shared(pointer: Any) -> Any:

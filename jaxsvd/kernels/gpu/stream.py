@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import ptx
-from jaxsvd.kernels.gpu.perlayer import PerLayer, load
-from jaxsvd.kernels.gpu.shape import ROWS, SPAN, roomy, slots
+from jaxsvd.kernels.gpu.perlayer import load
+from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, roomy, slots, whole
 
 SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add up
 
@@ -50,53 +50,63 @@ def strided(vector: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Member:
-    """Rows of `first` (n, inputs) from `start` on, of which this block has [low, high), times x.
+class X:
+    """Something that products read: elements [start, start + width), with RMSNorm where there is a `gain`.
 
-    x lies in shared memory from element `x` on. If there is no `second` the results are added to `target`, elements
-    from `place` on. Else the rows are a U and `second` is the V (rank, outputs) behind it, whose results are added
-    there; `dense` tells that this is not so in this layer.
+    `ref` is bfloat16 without a norm and float32 with one. It is read in whole slots there, here NORMED elements at a
+    time, as `gain` is. Where the width is known at run time only, it is at most `most`.
     """
 
-    first: PerLayer
-    inputs: Any
+    ref: Any
     start: Any
-    low: jax.Array
-    high: jax.Array
-    target: Any
-    place: Any
-    x: int = 0
-    second: PerLayer | None = None
-    outputs: int = 0
-    dense: Any = False
-
-    @property
-    def tiles(self) -> jax.Array:
-        """How many the block has."""
-        return (self.high - self.low + (ROWS - 1)) >> (ROWS.bit_length() - 1)
-
-    @property
-    def chunks(self) -> Any:
-        """How many slots each row of V takes."""
-        return jnp.where(self.dense, 0, slots(self.outputs)) if self.dense is not False else slots(self.outputs)
+    width: Any
+    most: int
+    gain: Any = None
+    eps: float = 0.0
 
 
 @dataclass(frozen=True)
-class Product:
-    """Matrices that need no meeting of the blocks between them, and how what they read comes to shared memory.
+class Streamed:
+    """Rows of a weight (n, inputs) from `row` on, and where what they are multiplied with lies in shared memory."""
 
-    `read` gives it piece by piece. Zeros follow to the end of a slot: what the ring holds there is left from another.
+    weight: Any  # PerLayer
+    inputs: Any
+    row: Any = 0
+    x: int = 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """`rows` rows of each member, ROWS at a time.
+
+    `early(row)` is run before a tile's products, for loads that they hide, and `store(row, sums, its result)` behind.
     """
 
-    members: Sequence[Member]
-    read: Callable[[], Sequence[jax.Array]]
+    rows: Any
+    members: Sequence[Streamed]
+    store: Callable[[jax.Array, list[jax.Array], Any], None]
+    early: Callable[[jax.Array], Any] = lambda row: None
+
+    @property
+    def count(self) -> Any:
+        """How many tiles of all blocks."""
+        return self.rows >> (ROWS.bit_length() - 1)  # a shift, as for `slots`
 
 
-def _nested(outer: Any, inner: Any, body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
-    """`body(i, j, carry)` for all i and j."""
-    return lax.fori_loop(
-        0, outer, lambda i, carry: lax.fori_loop(0, inner, lambda j, carry: body(i, j, carry), carry), carry
-    )
+@dataclass(frozen=True)
+class Phase:
+    """Products that need no meeting of the blocks between them, and what they read.
+
+    Each x begins in shared memory behind the whole slots of the one before, and zeros follow it there: what a slot
+    holds behind the edge of its weight is left from another.
+    """
+
+    x: Sequence[X]
+    tiles: Sequence[Tiles]
+
+
+# Of a phase: its tiles, this block's first one of them, and how many it has.
+Deal = list[tuple[Tiles, jax.Array, jax.Array]]
 
 
 class Stream:
@@ -105,17 +115,16 @@ class Stream:
     Both walk the same tiles in the same order, and count the slots that they have used.
     """
 
-    def __init__(self, block: jax.Array, slots: int, scratch: Sequence[Any], interpret: bool) -> None:
-        self._block, self._slots, self._interpret = block, slots, interpret
-        self._ring, self._held, self._strip, self._full, self._empty, self._together, self._ready = scratch
+    def __init__(self, block: jax.Array, blocks: int, slots: int, scratch: Sequence[Any], interpret: bool) -> None:
+        self._block, self._blocks, self._slots, self._interpret = block, blocks, slots, interpret
+        self._ring, self._held, self._full, self._empty, self._together, self._ready = scratch
 
     @staticmethod
-    def scratch(slots: int, held: int, strip: int, interpret: bool) -> list[Any]:
+    def scratch(slots: int, held: int, interpret: bool) -> list[Any]:
         """What a block needs in shared memory."""
         return [
             plgpu.SMEM((slots, ROWS, SPAN), jnp.bfloat16),
             plgpu.SMEM((held,), jnp.bfloat16),
-            plgpu.SMEM((strip,), jnp.float32),
             plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32),
             plgpu.Barrier(num_barriers=slots),
             plgpu.Barrier(),
@@ -123,7 +132,7 @@ class Stream:
         ]
 
     def open(self) -> None:
-        """Before `fill`: a ring of zeros, as what no copy has reached is multiplied too, if only with zeros."""
+        """Before `fill`: a ring of zeros, as what is behind the edge of a weight is multiplied, if only with zeros."""
         if not self._interpret:
             ptx.prepare(self._full)
             layout = plgpu.Layout.WG_STRIDED((ROWS, SPAN), 8)
@@ -136,40 +145,48 @@ class Stream:
         """Before `multiply`: wait until the ring is open."""
         plgpu.barrier_wait(self._ready)
 
-    def fill(self, count: jax.Array, product: Product) -> jax.Array:
-        """Copy this block's tiles of a product, in order, each as soon as there is room; the count behind them."""
-        for member in product.members:
-            count = self._fill(count, member)
+    def deal(self, phases: Sequence[Phase]) -> list[Deal]:
+        """What this block has of each phase.
+
+        Each deal begins with the block where the one before ended, which evens out the remainders.
+        """
+        shift, deals = jnp.int32(0), []
+        for phase in phases:
+            deals.append([])
+            for tiles in phase.tiles:
+                first = lax.rem(self._block + (self._blocks - shift), self._blocks)
+                deals[-1].append((tiles, first, share(tiles.count, first, self._blocks)))
+                shift = lax.rem(shift + tiles.count, self._blocks)
+        return deals
+
+    def _row(self, first: jax.Array, i: jax.Array) -> jax.Array:
+        return (first + i * self._blocks) * ROWS
+
+    def fill(self, count: jax.Array, deals: Sequence[Deal]) -> jax.Array:
+        """Copy this block's tiles of a layer, in order, each as soon as there is room; the count behind them."""
+        for deal in deals:
+            for tiles, first, mine in deal:
+
+                def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, first: Any = first) -> jax.Array:
+                    for member in tiles.members:
+                        row = self._row(first, i) + member.row
+
+                        def copy(part: jax.Array, count: jax.Array, member: Any = member, row: Any = row) -> Any:
+                            slot = lax.rem(count, self._slots)
+
+                            @pl.when(count >= self._slots)
+                            def wait() -> None:
+                                plgpu.barrier_wait(self._empty.at[slot])
+
+                            to = self._ring.at[slot]
+                            member.weight.fetch(row, part * SPAN, member.inputs, to, self._full, slot)
+                            return count + 1
+
+                        count = lax.fori_loop(0, slots(member.inputs), copy, count)
+                    return count
+
+                count = lax.fori_loop(0, mine, tile, count)
         return count
-
-    def _fill(self, count: jax.Array, member: Member) -> jax.Array:
-        def copy(
-            array: PerLayer, row: Any, tile: jax.Array, part: jax.Array, width: Any, count: jax.Array
-        ) -> jax.Array:
-            slot = lax.rem(count, self._slots)
-
-            @pl.when(count >= self._slots)
-            def wait() -> None:
-                plgpu.barrier_wait(self._empty.at[slot])
-
-            first = member.low + tile * ROWS
-            rows = jnp.minimum(member.high - first, ROWS)
-            array.fetch(row + first, rows, part * SPAN, width, self._ring.at[slot], self._full, slot)
-            return count + 1
-
-        def u(tile: jax.Array, part: jax.Array, count: jax.Array) -> jax.Array:
-            return copy(member.first, member.start, tile, part, member.inputs, count)
-
-        def v(part: jax.Array, tile: jax.Array, count: jax.Array) -> jax.Array:
-            assert member.second is not None
-            return copy(member.second, 0, tile, self._turned(member, part), member.outputs, count)
-
-        count = _nested(member.tiles, slots(member.inputs), u, count)
-        return count if member.second is None else _nested(member.chunks, member.tiles, v, count)
-
-    def _turned(self, member: Member, part: jax.Array) -> jax.Array:
-        """The blocks begin their rows of V at different places, as they add to the same results."""
-        return lax.rem(part + self._block, slots(member.outputs))
 
     def drain(self, count: jax.Array) -> None:
         """Wait until all that was copied has been used: no block may end before."""
@@ -179,71 +196,55 @@ class Stream:
 
         lax.fori_loop(jnp.maximum(count - self._slots, 0), count, wait, None)
 
-    def multiply(self, count: jax.Array, product: Product) -> jax.Array:
-        """This block's tiles of a product; the count behind them. All threads have left the one before."""
+    def hold(self, layer: jax.Array, phase: Phase) -> None:
+        """Put what a phase reads into shared memory, bfloat16. All threads have left the phase before."""
         place = 0
-        for piece in product.read():
-            self._held.at[pl.ds(place, piece.size)][...] = piece
-            place += piece.size
-        if rest := roomy(place) - place:
-            self._held.at[pl.ds(place, rest)][...] = full(0.0, (rest,), strided(4), jnp.bfloat16)
-        self.together()
-        for member in product.members:
-            count = self._multiply(count, member)
-        return count
-
-    def together(self) -> None:
-        """What any thread of the warpgroup has stored in shared memory before is seen by all behind it."""
+        for x, values in [(x, self._read(layer, x)) for x in phase.x]:  # none waits for another
+            self._held.at[pl.ds(place, values.size)][...] = values
+            if rest := roomy(x.most) - values.size:
+                zeros = full(0.0, (rest,), strided(4), jnp.bfloat16)
+                self._held.at[pl.ds(place + values.size, rest)][...] = zeros
+            place += roomy(x.most)
         plgpu.barrier_arrive(self._together)
         plgpu.barrier_wait(self._together)
 
-    def _multiply(self, count: jax.Array, member: Member) -> jax.Array:
-        def u(tile: jax.Array, count: jax.Array) -> jax.Array:
-            sums = self._product(count, member)
-            first = tile * ROWS
-            left = member.high - member.low - first
-            if member.second is None or member.dense is not False:
-                final = left if member.second is None else jnp.where(member.dense, left, 0)
-                self._add(member, member.low + first, sums, final, SUMS)
-            if member.second is not None:
-                inside = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=SUMS) < left
-                self._strip.at[pl.ds(first, ROWS)][...] = jnp.where(inside, sums, full(0.0, (ROWS,), SUMS))
-            return count + slots(member.inputs)
+    @staticmethod
+    def _read(layer: jax.Array, x: X) -> jax.Array:
+        """x as bfloat16, and zeros behind its end."""
+        size = whole(x.most, SPAN if x.gain is None else NORMED)
+        layout = strided(8 if x.gain is None else 4)  # 16 bytes
+        values = load(x.ref.at[pl.ds(x.start, size)], layout)
+        gain = None if x.gain is None else load(x.gain.at[layer, pl.ds(0, size)], layout).astype(jnp.float32)
+        if not isinstance(x.width, int) or size > x.width:
+            inside = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) < x.width
+            values = jnp.where(inside, values, jnp.zeros((), values.dtype))
+        if gain is None:
+            return values
+        scale = lax.rsqrt(jnp.sum(values * values) / x.width + x.eps)
+        return (values * scale * gain).astype(jnp.bfloat16)
 
-        def v(part: jax.Array, count: jax.Array) -> jax.Array:
-            def add(tile: jax.Array, sums: jax.Array) -> jax.Array:
-                slot = self._arrival(count + tile)
-                rows = [load(self._ring.at[slot, i], strided(4)) for i in range(ROWS)]
-                plgpu.barrier_arrive(self._empty.at[slot])
-                for i, row in enumerate(rows):
-                    sums = sums + self._strip[tile * ROWS + i] * row.astype(jnp.float32)
-                return sums
+    def multiply(self, count: jax.Array, deal: Deal) -> jax.Array:
+        """This block's tiles of a phase times the x that is held; the count behind them."""
+        for tiles, first, mine in deal:
 
-            sums = lax.fori_loop(0, member.tiles, add, full(0.0, (SPAN,), strided(4)))
-            place = self._turned(member, part) * SPAN
-            self._add(member, place, sums, member.outputs - place, strided(4))
-            return count + member.tiles
+            def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, first: Any = first) -> jax.Array:
+                row = self._row(first, i)
+                early, sums = tiles.early(row), []
+                for member in tiles.members:
+                    sums.append(self._product(count, member))
+                    count = count + slots(member.inputs)
+                tiles.store(row, sums, early)
+                return count
 
-        count = lax.fori_loop(0, member.tiles, u, count)
-        if member.second is None:
-            return count
-        self.together()
-        return lax.fori_loop(0, member.chunks, v, count)
+            count = lax.fori_loop(0, mine, tile, count)
+        return count
 
-    def _add(self, member: Member, place: jax.Array, sums: jax.Array, count: jax.Array, layout: Any) -> None:
-        """The first `count` of the sums to a member's result."""
-        if not self._interpret:
-            ptx.add(member.target, member.place + place, sums, count, layout)
-            return
-        inside = jnp.arange(sums.size) < count
-        region = member.target.at[pl.ds(member.place + place, sums.size)]
-        region[...] = region[...] + jnp.where(inside, sums, 0.0)
-
-    def _product(self, count: jax.Array, member: Member) -> jax.Array:
-        """The sums (ROWS,) of a tile of rows times the x that is held; its slots begin at `count`."""
+    def _product(self, count: jax.Array, member: Streamed) -> jax.Array:
+        """The sums (ROWS,) of a tile whose slots begin at `count`."""
 
         def add(part: jax.Array, sums: jax.Array) -> jax.Array:
-            slot = self._arrival(count + part)
+            slot = lax.rem(count + part, self._slots)
+            self._arrival(slot, count + part)
             weights = load(self._ring.at[slot], TILE)
             x = load(self._held.at[pl.ds(member.x + part * SPAN, SPAN)], INPUTS)
             plgpu.barrier_arrive(self._empty.at[slot])
@@ -256,11 +257,8 @@ class Stream:
         sums = lax.fori_loop(0, slots(member.inputs), add, full(0.0, (4, ROWS), PARTIAL))
         return jnp.sum(sums, axis=0)
 
-    def _arrival(self, count: jax.Array) -> jax.Array:
-        """Wait for the copy of this number; its slot."""
-        slot = lax.rem(count, self._slots)
+    def _arrival(self, slot: jax.Array, count: jax.Array) -> None:
         if self._interpret:
             plgpu.barrier_wait(self._full.at[slot])
         else:
             ptx.wait(self._full, slot, lax.rem(lax.div(count, self._slots), 2))
-        return slot
