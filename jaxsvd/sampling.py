@@ -137,7 +137,7 @@ def sample(
     Returns:
         int32 (batch,) token ids, NOT_FINITE where a row's logits are not numbers, and `seen` with the new tokens.
     """
-    finite = jnp.isfinite(jnp.max(logits, axis=-1)) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    finite = jnp.isfinite(jnp.max(_comparable(logits), axis=-1))
     if mode.penalties and seen is not None:
         logits = _penalise(logits, sampler, seen)
     tokens = first_largest(logits)
@@ -152,9 +152,17 @@ def sample(
 
 def first_largest(scores: jax.Array) -> jax.Array:
     """int32 (batch,), the first index of the largest score: argmax without its variadic reduce."""
-    vocab = scores.shape[-1]
+    vocab, scores = scores.shape[-1], _comparable(scores)
     best = scores == jnp.max(scores, axis=-1, keepdims=True)
     return jnp.min(jnp.where(best, jnp.arange(vocab, dtype=jnp.int32), vocab - 1), axis=-1)
+
+
+def _comparable(scores: jax.Array) -> jax.Array:
+    """Scores with infinity for what is not a number, so that one maximum tells of both.
+
+    All maxima of a greedy step are of this, and hence one.
+    """
+    return jnp.where(jnp.isnan(scores), jnp.inf, scores)
 
 
 def _penalise(logits: jax.Array, sampler: Sampler, seen: jax.Array) -> jax.Array:

@@ -164,10 +164,11 @@ class Steps:
         Returns the tokens (batch, steps), the cache, the last token and `seen`.
         """
         model = self._model(leaves)
+        norms = model.norms
 
         def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
             cache, token, seen = carry
-            logits, cache = _append(model, cache, token)
+            logits, cache = _append(model, cache, token, norms)
             token, seen = sample(logits, sampler, cache.lengths, seen, mode)
             return (cache, token, seen), token
 
@@ -179,10 +180,11 @@ class Steps:
 
     def decode_logits(self, leaves: Sequence[jax.Array], cache: KVCache, token: jax.Array) -> tuple[jax.Array, KVCache]:
         """One step of `decode` without its choice: float32 logits (batch, vocab) behind `token`, and the cache."""
-        return _append(self._model(leaves), cache, token)
+        model = self._model(leaves)
+        return _append(model, cache, token, model.norms)
 
 
-def _append(model: Llama, cache: KVCache, token: jax.Array) -> tuple[jax.Array, KVCache]:
+def _append(model: Llama, cache: KVCache, token: jax.Array, norms: Sequence[jax.Array]) -> tuple[jax.Array, KVCache]:
     """Put `token` (batch,), the newest of each row, into the cache; the float32 logits (batch, vocab) behind it."""
-    hidden, cache = model(token[:, None], cache, cache.lengths)
+    hidden, cache = model(token[:, None], cache, cache.lengths, norms)
     return model.logits(hidden[:, 0]), KVCache(cache.keys, cache.values, cache.lengths + 1)

@@ -1,7 +1,7 @@
 """Llama (2 and 3.x) with factored projections (Touvron et al. 2023; Grattafiori et al. 2024)."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ class Step(NamedTuple):
     positions: jax.Array  # int32 (batch, tokens)
     cosines: jax.Array
     sines: jax.Array
+    norms: Sequence[jax.Array] | None = None  # see `Llama.norms`
 
 
 class Attention(nnx.Module):
@@ -114,20 +115,22 @@ class Llama(nnx.Module):
         if not config.tied:
             self.lm_head = Embedding(weights, backend, "lm_head", config.vocab_size, config.hidden_size)
 
-    def __call__(self, tokens: jax.Array, cache: KVCache, start: jax.Array) -> tuple[jax.Array, KVCache]:
+    def __call__(
+        self, tokens: jax.Array, cache: KVCache, start: jax.Array, norms: Sequence[jax.Array] | None = None
+    ) -> tuple[jax.Array, KVCache]:
         """Run new tokens through the layers and into the cache.
 
         Args:
             tokens: int32 (batch, tokens), right-padded.
             cache: what the tokens before have left; its `lengths` are the caller's to set.
             start: int32 (batch,) or (), the position of the first new token of each row.
+            norms: the `norms` of this model, where they were put together before a loop.
 
         Returns:
             Final hidden states (batch, tokens, hidden), normed, and the cache with the new keys and values.
         """
         positions = jnp.broadcast_to(start, tokens.shape[:1])[:, None] + jnp.arange(tokens.shape[1])
-        angles = rope_angles(positions, self.config.rope, self.config.head_dim)
-        step = Step(start, positions, *angles)
+        step = Step(start, positions, *rope_angles(positions, self.config.rope, self.config.head_dim), norms)
         x = self.embed_tokens(tokens)
         keys, values = list(cache.keys), list(cache.values)
         run = self.decoder(x.shape[0], cache.capacity) if x.shape[1] == 1 else None
@@ -142,14 +145,18 @@ class Llama(nnx.Module):
         self, run: Callable[..., jax.Array], x: jax.Array, keys: list[jax.Array], values: list[jax.Array], step: Step
     ) -> jax.Array:
         """One token of one row through all layers in the backend's kernel, and into the cache."""
-        layers = list(self.layers)
-        kinds = zip(*([norm.weight[...] for norm in layer.norms] for layer in layers), strict=True)
-        arrays = [[array for group in layer.groups for array in group.values] for layer in layers]
+        arrays = [[array for group in layer.groups for array in group.values] for layer in self.layers]
         caches = [[jax.new_ref(buffer) for buffer in buffers] for buffers in (keys, values)]
         angles = step.cosines[0, 0, 0], step.sines[0, 0, 0]
-        y = run(x[0, 0], step.positions[0, 0], *angles, list(map(jnp.stack, kinds)), arrays, *caches)
+        y = run(x[0, 0], step.positions[0, 0], *angles, step.norms or self.norms, arrays, *caches)
         keys[:], values[:] = ([buffer[...] for buffer in buffers] for buffers in caches)
         return y.astype(x.dtype)[None, None]
+
+    @property
+    def norms(self) -> list[jax.Array]:
+        """The weights of each kind of norm (layers, width), if there is a kernel for all layers; best before a loop."""
+        weights = ([norm.weight[...] for norm in layer.norms] for layer in self.layers if self.fused)
+        return list(map(jnp.stack, zip(*weights, strict=True)))
 
     def decoder(self, batch: int, capacity: int) -> Callable[..., jax.Array] | None:
         """The backend's kernel that takes one token through all layers; None where there is none for such a batch."""

@@ -5,6 +5,7 @@ NPROC=8 in the environment: the interpreter hangs where JAX has fewer threads th
 """
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -23,7 +24,7 @@ from jaxsvd.kernels.xla import XLA
 from jaxsvd.models import build
 from jaxsvd.models.check import LAST, check
 from jaxsvd.models.llama import Llama
-from jaxsvd.sampling import SamplingParams
+from jaxsvd.sampling import SamplingParams, mode_of, sampler_of
 from jaxsvd.weights import RandomWeights
 
 kernel = pytest.mark.skipif(jax.__version_info__ < JAX, reason="the kernel is written for jax 0.11")
@@ -218,6 +219,24 @@ def test_several_rows_are_left_to_xla():
     model = engine_of("qwen3", "low-rank", gpu()).model
     assert model.obstacle(128) is None
     assert model.decoder(2, 128) is None
+
+
+def test_norms_are_put_together_before_the_loop_over_tokens(monkeypatch):
+    given = []
+
+    def run(x, position, cosines, sines, norms, arrays, keys, values):
+        given.extend(norm.shape for norm in norms)
+        return x.astype(jnp.float32) + sum(norm.sum() for norm in norms)
+
+    monkeypatch.setattr(GPU, "obstacle", lambda *_: None)
+    monkeypatch.setattr(GPU, "decoder", lambda *_: run)
+    engine, rows = engine_of("qwen3", "low-rank", gpu()), [SamplingParams()]
+    cache, token = engine.empty_cache(1, 128), jnp.zeros((1,), jnp.int32)
+    call = engine._decode_call(cache, token, None, sampler_of(rows), mode_of(rows))
+    steps = jax.make_jaxpr(partial(call.step, **call.static))(*call.args).eqns
+    (loop,) = [step.params["jaxpr"].eqns for step in steps if step.primitive.name == "scan"]
+    assert given[:4] == [(2, 192), (2, 192), (2, 128), (2, 128)]
+    assert not {step.primitive.name for step in loop} & {"stack", "concatenate"}
 
 
 @kernel
