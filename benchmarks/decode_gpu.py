@@ -1,6 +1,6 @@
 """Decode on a GPU alone: models of random weights, through the engine's own steps, beside the floor.
 
-    python benchmarks/decode_gpu.py [--bandwidth 4.3e12] [--out FILE]
+    python benchmarks/decode_gpu.py [--cases 0 4 ...] [--bandwidth 4.3e12] [--out FILE]
 
 A step is run from a cache that is said to hold so many tokens, so nothing else is compiled: `scripts/bench.py --random`
 measures prefill and whole texts too. Times are ms per token over 128 tokens in dispatches of 8, which follow each other
@@ -81,6 +81,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Decode random models on a GPU.")
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes per second, for the floor")
     parser.add_argument("--out", type=Path)
+    numbers = range(len(CASES))
+    parser.add_argument("--cases", type=int, nargs="+", choices=numbers, default=numbers, help="some of CASES only")
     args = parser.parse_args()
     found = {
         "what": "ms, random bfloat16 weights; floor: bytes of weights and cache that a step must read / bandwidth",
@@ -89,7 +91,7 @@ def main() -> None:
         "bandwidth": args.bandwidth,
         "results": [],
     }
-    for (model, keep, backend), decodes, prompts in CASES:
+    for (model, keep, backend), decodes, prompts in (CASES[i] for i in args.cases):
         made = random("model", model, keep, 128, backend)
         engine = made.engine
         kind = {"model": model, "keep": keep, "backend": backend, "load_seconds": made.load_seconds}
