@@ -12,7 +12,6 @@ import gc
 import json
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -21,6 +20,7 @@ import numpy as np
 
 from jaxsvd.bench import launches
 from jaxsvd.bench.contenders import random
+from jaxsvd.bench.machine import bandwidth, description
 from jaxsvd.cache import KVCache
 from jaxsvd.engine import Engine
 from jaxsvd.sampling import SamplingParams, mode_of, sampler_of
@@ -79,16 +79,16 @@ def prefill(engine: Engine, tokens: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Decode random models on a GPU.")
-    parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes per second, for the floor")
+    parser.add_argument("--bandwidth", type=float, help="bytes per second, for the floor (default: the device's)")
     parser.add_argument("--out", type=Path)
     numbers = range(len(CASES))
     parser.add_argument("--cases", type=int, nargs="+", choices=numbers, default=numbers, help="some of CASES only")
     args = parser.parse_args()
+    rate = args.bandwidth or 1e9 * bandwidth().rate
     found = {
         "what": "ms, random bfloat16 weights; floor: bytes of weights and cache that a step must read / bandwidth",
-        "device": jax.local_devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "flax")},
-        "bandwidth": args.bandwidth,
+        **description(),
+        "bandwidth": rate,
         "results": [],
     }
     for (model, keep, backend), decodes, prompts in (CASES[i] for i in args.cases):
@@ -96,7 +96,7 @@ def main() -> None:
         engine = made.engine
         kind = {"model": model, "keep": keep, "backend": backend, "load_seconds": made.load_seconds}
         for batch, cached, capacity in decodes:
-            floor = 1e3 * engine.step_bytes(cached * batch) / args.bandwidth
+            floor = 1e3 * engine.step_bytes(cached * batch) / rate
             found["results"].append(kind | decode(engine, batch, cached, capacity) | {"floor_ms": floor})
             show(found["results"][-1])
         for tokens in prompts:

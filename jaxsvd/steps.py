@@ -180,11 +180,12 @@ class Steps:
 
     def decode_logits(self, leaves: Sequence[jax.Array], cache: KVCache, token: jax.Array) -> tuple[jax.Array, KVCache]:
         """One step of `decode` without its choice: float32 logits (batch, vocab) behind `token`, and the cache."""
-        model = self._model(leaves)
-        return _append(model, cache, token, model.norms)
+        return _append(self._model(leaves), cache, token)
 
 
-def _append(model: Llama, cache: KVCache, token: jax.Array, norms: Sequence[jax.Array]) -> tuple[jax.Array, KVCache]:
+def _append(
+    model: Llama, cache: KVCache, token: jax.Array, norms: Sequence[jax.Array] | None = None
+) -> tuple[jax.Array, KVCache]:
     """Put `token` (batch,), the newest of each row, into the cache; the float32 logits (batch, vocab) behind it."""
     hidden, cache = model(token[:, None], cache, cache.lengths, norms)
     return model.logits(hidden[:, 0]), KVCache(cache.keys, cache.values, cache.lengths + 1)
