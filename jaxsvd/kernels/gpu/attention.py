@@ -4,9 +4,9 @@ This is split-K flash decoding (Dao et al. 2023) for grouped queries: each block
 tokens, and the queries of a head of keys share what it reads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -15,13 +15,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxsvd.kernels.gpu import flash, ptx
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load
-from jaxsvd.kernels.gpu.shape import TOKENS, LayerShape
-from jaxsvd.kernels.gpu.stream import full, share
+from jaxsvd.kernels.gpu.shape import HEADS, TOKENS, LayerShape
+from jaxsvd.kernels.gpu.stream import Stream, full, share
 
 UNITS = 128  # parts of the cache that are attended to side by side, of all heads of keys: some one to a block
 SPLITS = 16  # of them per head of keys, at most
-NOTHING = -1e30  # the maximum of no scores
 
 
 def splits(kv_heads: int) -> int:
@@ -44,9 +44,24 @@ class Attention:
     vectors: Any
     heads: Sequence[int]
     mixed: int
-    parts: Any  # float32 (heads, splits, head_dim): what each part of the cache mixes, not yet divided by its total
-    tops: Any  # float32 (heads, splits): the greatest score of each part
-    totals: Any  # float32 (heads, splits): the sum of the exponentials there
+    partial: Sequence[Any]  # what each part of the cache gives: see `partials`
+    warps: Sequence[Any]  # in shared memory, what each warp gives: see `scratch`
+
+    @staticmethod
+    def partials(shape: LayerShape) -> list[tuple[int, ...]]:
+        """Of each head and part, float32: its greatest score, the sum of exponentials, and the mix of values.
+
+        This is not yet divided by the sum.
+        """
+        each = shape.heads, splits(shape.kv_heads)
+        return [each, each, (*each, shape.head_dim)]
+
+    @staticmethod
+    def scratch(shape: LayerShape) -> list[Any]:
+        """Queries, and of each warp the same as of a part: see `LayerShape.sides`."""
+        heads, width = shape.together, shape.head_dim
+        sizes = (flash.WARPS, heads), (flash.WARPS, heads), (flash.WARPS, heads, width)
+        return [plgpu.SMEM((heads, width), jnp.bfloat16), *(plgpu.SMEM(size, jnp.float32) for size in sizes)]
 
     @property
     def half(self) -> int:
@@ -54,27 +69,18 @@ class Attention:
         return self.shape.head_dim // 2
 
     @property
-    def pairs(self) -> Any:
-        """Four tokens, one per warp, and half of a head over the lanes."""
+    def halves(self) -> Any:
+        """Half of a head over the lanes, in all warps alike."""
         tiling = plgpu.Tiling(((4, self.half), (self.half // 32,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+        return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1).reduce((0,))
 
-    def spread(self, x: jax.Array, axis: int) -> jax.Array:
-        """A value per token (axis 0) or per element (axis 1) to (4, head_dim/2)."""
-        return plgpu.layout_cast(lax.broadcast_in_dim(x, (4, self.half), (axis,)), self.pairs)
-
-    def every(self, count: int) -> Callable[[Callable[[jax.Array], None]], None]:
-        """Run a function for this block's share of `count` items."""
-
-        def run(item: Callable[[jax.Array], None]) -> None:
-            mine = share(count, self.block, self.blocks)
-            lax.fori_loop(0, mine, lambda i, _: item(self.block + i * self.blocks), None)
-
-        return run
+    def mine(self, count: int) -> jax.Array:
+        """How many of `count` items are this block's: every `blocks`-th."""
+        return share(count, self.block, self.blocks)
 
     def head(self, kind: int, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The halves of head `index` of q, k or v (kind 0 to 2): normed where the model does, and rotated; not v."""
-        layout = self.pairs.reduce((0,))
+        layout = self.halves
         start = self.heads[kind] + index * self.shape.head_dim
         low, high = (load(self.vectors.at[pl.ds(start + at, self.half)], layout) for at in (0, self.half))
         low, high = low.astype(jnp.float32), high.astype(jnp.float32)
@@ -95,97 +101,156 @@ class Attention:
         for cache, halves in zip(self.caches, (key, value), strict=True):
             for at, half in zip((0, self.half), halves, strict=True):
                 place = kv_head, self.position, pl.ds(at, self.half)
-                cache.store(place, half.astype(jnp.bfloat16), self.pairs.reduce((0,)))
+                cache.store(place, half.astype(jnp.bfloat16), self.halves)
 
-    def fetch(self, kv_head: jax.Array, start: jax.Array) -> list[list[list[jax.Array]]]:
-        """Of keys and of values, for every four of TOKENS tokens from `start` on, the halves: bfloat16."""
-        # What lies behind the end is never used.
-        start = jnp.minimum(start, self.caches[0].refs[0].shape[1] - TOKENS)
-        rows = [start + i for i in range(0, TOKENS, 4)]
-        columns = [pl.ds(at, self.half) for at in (0, self.half)]
-        return [
-            [[cache.load((kv_head, pl.ds(row, 4), part), self.pairs) for part in columns] for row in rows]
-            for cache in self.caches
-        ]
+    @property
+    def items(self) -> int:
+        """How many parts there are, of all heads of keys."""
+        return self.shape.kv_heads * splits(self.shape.kv_heads)
 
-    def attend(self) -> None:
-        """The parts, dealt out to the blocks; the first of each head of keys also attends to the new token."""
-        shape, half, token = self.shape, self.half, self.pairs.reduce((1,))
-        parts = splits(shape.kv_heads)
-        group = shape.heads // shape.kv_heads
+    def part(self, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Of a part: its head of keys, its number there, its first token, and the one behind its last."""
+        parts = splits(self.shape.kv_heads)
+        kv_head, split = lax.div(index, parts), lax.rem(index, parts)
+        # Each part has the same number of tokens, whole tiles of them; the last ones may have none.
+        length = lax.div(self.position + (parts * TOKENS - 1), parts * TOKENS) * TOKENS
+        begin = split * length
+        return kv_head, split, begin, jnp.minimum(begin + length, self.position)
 
-        @self.every(shape.kv_heads * parts)
-        def item(index: jax.Array) -> None:
-            kv_head, split = lax.div(index, parts), lax.rem(index, parts)
-            # Each part has the same number of tokens, whole tiles of them; the last ones may have none.
-            length = lax.div(self.position + (parts * TOKENS - 1), parts * TOKENS) * TOKENS
-            begin = split * length
-            end = jnp.minimum(begin + length, self.position)
-            tiles = lax.div(jnp.maximum(end - begin, 0) + (TOKENS - 1), TOKENS)
-            ahead = self.fetch(kv_head, begin)  # each tile is on its way while the one before is used
+    def fill(self, stream: Stream, count: jax.Array) -> jax.Array:
+        """Copy keys and values of this block's parts into the ring; the count behind them.
 
-            scale = shape.head_dim**-0.5
-            queries = [[x * scale for x in self.head(0, kv_head * group + i)] for i in range(group)]
+        In Pallas' interpreter, which has no word for this, they are read where they lie.
+        """
+        keys, values = self.caches
+        _, capacity, width = keys.refs[0].shape
+
+        def item(i: jax.Array, count: jax.Array) -> jax.Array:
+            kv_head, _, begin, end = self.part(self.block + i * self.blocks)
+
+            def tile(i: jax.Array, count: jax.Array) -> jax.Array:
+                # The new token may be among them or not: it is not looked at there.
+                start = (kv_head * capacity + begin + i * TOKENS) * width
+                return stream.put(count, partial(keys.fetch_with, values, start, TOKENS * width))
+
+            return lax.fori_loop(0, self.tiles(begin, end), tile, count)
+
+        return count if stream.interpret else lax.fori_loop(0, self.mine(self.items), item, count)
+
+    def tile(
+        self, stream: Stream, count: jax.Array, kv_head: jax.Array, start: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """Keys and values, (TOKENS, head_dim), of tokens from `start` on; the count behind the slot they were in."""
+        layouts = flash.KEYS, flash.values(self.shape.head_dim)
+        size = TOKENS, self.shape.head_dim
+        if stream.interpret:
+            region = kv_head, pl.ds(start, TOKENS), pl.ds(0, self.shape.head_dim)
+            return [cache.load(region, layout) for cache, layout in zip(self.caches, layouts, strict=True)], count
+
+        def read(slot: Any) -> list[jax.Array]:
+            return [ptx.held(slot, i, len(layouts), size, layout) for i, layout in enumerate(layouts)]
+
+        return stream.take(count, read), count + 1
+
+    @staticmethod
+    def tiles(begin: jax.Array, end: jax.Array) -> jax.Array:
+        """How many a part has."""
+        return lax.div(jnp.maximum(end - begin, 0) + (TOKENS - 1), TOKENS)
+
+    def attend(self, stream: Stream, count: jax.Array) -> jax.Array:
+        """The parts, dealt out to the blocks; the count behind them.
+
+        The first part of each head of keys also attends to the new token.
+        """
+        shape, (queries, *_) = self.shape, self.warps
+        group, scale = shape.heads // shape.kv_heads, shape.head_dim**-0.5
+
+        def item(i: jax.Array, count: jax.Array) -> jax.Array:
+            index = self.block + i * self.blocks
+            kv_head, split, begin, end = self.part(index)
             key, value = self.head(1, kv_head), self.head(2, kv_head)
             pl.when(split == 0)(lambda: self.append(kv_head, key, value))
-
-            # The new token counts once: with the first warp of the first part.
-            mine = plgpu.broadcasted_iota(jnp.int32, (4, half), 0, layout=self.pairs) + split == 0
-            alone = plgpu.broadcasted_iota(jnp.int32, (4,), 0, layout=token) + split == 0
-            state = []
-            for low, high in queries:
-                score = jnp.sum(low * key[0] + high * key[1], axis=0)
-                state.append(jnp.where(alone, full(1.0, (4,), token) * score, full(NOTHING, (4,), token)))
-                state.append(jnp.where(alone, full(1.0, (4,), token), full(0.0, (4,), token)))
-                state += [jnp.where(mine, self.spread(x, 1), full(0.0, (4, half), self.pairs)) for x in value]
-
-            def tile(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-                state, fetched = carry
-                rows = [begin + i * TOKENS + j for j in range(0, TOKENS, 4)]
-                ahead = self.fetch(kv_head, begin + (i + 1) * TOKENS)
-                keys, values = jax.tree.map(lambda x: x.astype(jnp.float32), fetched)
-                seen = [plgpu.broadcasted_iota(jnp.int32, (4,), 0, layout=token) + row < end for row in rows]
-                result = []
-                for g, (low, high) in enumerate(queries):
-                    top, total, *mixed = state[4 * g : 4 * g + 4]
-                    query = self.spread(low, 1), self.spread(high, 1)
-                    products = [jnp.sum(k[0] * query[0] + k[1] * query[1], axis=1) for k in keys]
-                    scores = [jnp.where(see, score, NOTHING) for see, score in zip(seen, products, strict=True)]
-                    new_top = reduce(jnp.maximum, scores, top)
-                    shrink = jnp.exp(top - new_top)
-                    weights = [jnp.exp(score - new_top) for score in scores]
-                    total = reduce(jnp.add, weights, total * shrink)
-                    mixed = [x * self.spread(shrink, 0) for x in mixed]
-                    for weight, v in zip(weights, values, strict=True):
-                        mixed = [x + self.spread(weight, 0) * part for x, part in zip(mixed, v, strict=True)]
-                    result += [new_top, total, *mixed]
-                return result, ahead
-
-            state, _ = lax.fori_loop(0, tiles, tile, (state, ahead))
+            scores = []  # of the new token, with which the first part begins
             for g in range(group):
-                top, total, *mixed = state[4 * g : 4 * g + 4]
-                greatest = jnp.max(top, axis=0)
-                shrink = jnp.exp(top - greatest)
-                head = kv_head * group + g
-                self.tops[head, split] = greatest
-                self.totals[head, split] = jnp.sum(total * shrink, axis=0)
-                for start, x in zip((0, half), mixed, strict=True):
-                    self.parts.at[head, split, pl.ds(start, half)][...] = jnp.sum(x * self.spread(shrink, 0), axis=0)
+                query = [x * scale for x in self.head(0, kv_head * group + g)]
+                for start, x in zip((0, self.half), query, strict=True):
+                    queries.at[g, pl.ds(start, self.half)][...] = x.astype(jnp.bfloat16)
+                score = jnp.sum(query[0] * key[0] + query[1] * key[1], axis=0)
+                scores.append(jnp.where(split == 0, score, flash.NOTHING))
+            stream.together()
+            rows = range(0, shape.together, HEADS)
+            held = [load(queries.at[pl.ds(row, HEADS)], flash.QUERIES) for row in rows]
+
+            def tile(i: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+                states, count = carry
+                (k, v), count = self.tile(stream, count, kv_head, begin + i * TOKENS)
+                left = end - begin - i * TOKENS
+                states = [
+                    flash.step(state, q, k, v, left, stream.interpret) for state, q in zip(states, held, strict=True)
+                ]
+                return states, count
+
+            start = [self.nothing() for _ in rows], count
+            states, count = lax.fori_loop(0, self.tiles(begin, end), tile, start)
+            self.gather(stream, kv_head * group, split, states, scores, value)
+            return count
+
+        return lax.fori_loop(0, self.mine(self.items), item, count)
+
+    def nothing(self) -> flash.State:
+        """Where no token has been attended to."""
+        stats, width = (flash.WARPS, HEADS), self.shape.head_dim
+        tops, totals = (full(value, stats, flash.STATS) for value in (flash.NOTHING, 0.0))
+        return tops, totals, full(0.0, (*stats, width), flash.mixed(width))
+
+    def gather(
+        self,
+        stream: Stream,
+        first: jax.Array,
+        split: jax.Array,
+        states: Sequence[flash.State],
+        scores: Sequence[jax.Array],
+        value: Sequence[jax.Array],
+    ) -> None:
+        """Put together what the warps have of a part and the new token, for heads from `first` on."""
+        tops, totals, sides = self.warps[1:]
+        stream.together()  # all have read what the part before has left there
+        for i, state in enumerate(states):
+            heads = pl.ds(i * HEADS, HEADS)
+            for ref, x in zip((tops, totals, sides), state, strict=True):
+                ref.at[:, heads][...] = x
+        stream.together()
+        warps = range(flash.WARPS)
+        for g, score in enumerate(scores):
+            each = [*(tops[warp, g] for warp in warps), score]
+            greatest = reduce(jnp.maximum, each)
+            *shrinks, new = [jnp.exp(top - greatest) for top in each]
+            self.partial[0][first + g, split] = greatest
+            self.partial[1][first + g, split] = reduce(
+                jnp.add, [shrink * totals[warp, g] for warp, shrink in enumerate(shrinks)], new
+            )
+            for start, x in zip((0, self.half), value, strict=True):
+                half = pl.ds(start, self.half)
+                parts = [load(sides.at[warp, g, half], self.halves) * shrink for warp, shrink in enumerate(shrinks)]
+                self.partial[2].at[first + g, split, half][...] = reduce(jnp.add, parts, x * new)
 
     def combine(self) -> None:
         """Put the parts of each head together."""
-        layout = self.pairs.reduce((0,))
+        layout = self.halves
 
-        @self.every(self.shape.heads)
-        def item(head: jax.Array) -> None:
-            tops = [self.tops[head, split] for split in range(splits(self.shape.kv_heads))]
+        def item(i: jax.Array, _: None) -> None:
+            head = self.block + i * self.blocks
+            all_tops, all_totals, parts = self.partial
+            tops = [all_tops[head, split] for split in range(splits(self.shape.kv_heads))]
             greatest = reduce(jnp.maximum, tops)
             weights = [jnp.exp(top - greatest) for top in tops]
-            total = reduce(jnp.add, [weight * self.totals[head, split] for split, weight in enumerate(weights)])
+            total = reduce(jnp.add, [weight * all_totals[head, split] for split, weight in enumerate(weights)])
             for start in (0, self.half):
-                parts = [
-                    load(self.parts.at[head, split, pl.ds(start, self.half)], layout) * weight
+                mixed = [
+                    load(parts.at[head, split, pl.ds(start, self.half)], layout) * weight
                     for split, weight in enumerate(weights)
                 ]
                 target = pl.ds(self.mixed + head * self.shape.head_dim + start, self.half)
-                self.vectors.at[target][...] = (reduce(jnp.add, parts) / total).astype(jnp.bfloat16)
+                self.vectors.at[target][...] = (reduce(jnp.add, mixed) / total).astype(jnp.bfloat16)
+
+        lax.fori_loop(0, self.mine(self.shape.heads), item, None)

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import ptx
-from jaxsvd.kernels.gpu.attention import Attention, splits
+from jaxsvd.kernels.gpu.attention import Attention
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load, table
 from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, Group, LayerShape, aligned, ring, roomy, whole
 from jaxsvd.kernels.gpu.stream import SCRATCH, SUMS, Phase, Stream, Streamed, Tiles, X
@@ -202,7 +202,7 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
     sizes = Products(shape, [[None] * count for count in counts], (None, None), None, None, None)
     meetings = len(sizes.phases) + 2  # of a layer: attention has two of its own
     matrices = sum(counts)  # of a layer
-    slots = ring(shape.held, layers * shape.arrays)
+    slots = ring(shape, layers)
     ranks = None if len(set(shapes)) == 1 else np.array([one.ranks for one in all_shapes], np.int32)
 
     def body(*refs: Any) -> None:
@@ -216,6 +216,7 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
         caches = [[next(take) for _ in range(layers)] for _ in range(2)]
         middle, vectors, *partial = (next(take) for _ in range(5))
         tables = [None, None] if interpret else [next(take) for _ in range(2)]
+        warps = [next(take) for _ in range(4)]
         block = lax.axis_index("block")
         stream = Stream(block, blocks, slots, list(take), bool(interpret))
 
@@ -226,6 +227,16 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
             given = shape if ranked is None else shape.of([ranked[layer, i] for i in range(len(shape.ranks))])
             return Products(given, groups, norms, x, middle, vectors)
 
+        def attention_of(layer: jax.Array) -> Attention:
+            products = of(layer)
+            cached = [PerLayer(refs, layer, tables[1], i * layers) for i, refs in enumerate(caches)]
+            return Attention(
+                *(shape, layer, block, blocks, position[0], angles, head_norms, cached),
+                *(vectors, products.heads, products.mixed),
+                partial,
+                warps,
+            )
+
         def run(layer: jax.Array, count: jax.Array) -> jax.Array:
             met = iter(range(meetings))
 
@@ -233,16 +244,11 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
                 if not interpret:
                     ptx.meet(counter, (layer * meetings + next(met) + 1) * blocks)
 
-            products = of(layer)
-            cached = [PerLayer(refs, layer, tables[1], i * layers) for i, refs in enumerate(caches)]
-            attention = Attention(
-                *(shape, layer, block, blocks, position[0], angles, head_norms, cached),
-                *(vectors, products.heads, products.mixed, *partial),
-            )
+            products, attention = of(layer), attention_of(layer)
             phases = products.phases
             for number, (phase, deal) in enumerate(zip(phases, stream.deal(phases), strict=True)):
                 if number == len(products.before):
-                    attention.attend()
+                    count = attention.attend(stream, count)
                     meet()
                     attention.combine()
                     meet()
@@ -252,7 +258,10 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
             return count
 
         def fill(layer: jax.Array, count: jax.Array) -> jax.Array:
-            return stream.fill(count, stream.deal(of(layer).phases))
+            products = of(layer)
+            deals, before = stream.deal(products.phases), len(products.before)
+            count = attention_of(layer).fill(stream, stream.fill(count, deals[:before]))
+            return stream.fill(count, deals[before:])
 
         def publish(table: Any, arrays: Sequence[Sequence[Any]]) -> None:
             if table is not None:
@@ -260,26 +269,25 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
 
         @pl.when(lax.axis_index("thread") == 0)
         def compute() -> None:
-            publish(tables[1], caches)
             stream.join()
             lax.fori_loop(0, layers, run, jnp.int32(0))
 
         @pl.when(lax.axis_index("thread") == 1)
         def copy() -> None:
             publish(tables[0], weights)
+            publish(tables[1], caches)
             stream.open()
             stream.drain(lax.fori_loop(0, layers, fill, jnp.int32(0)))
 
-    parts = (shape.heads, splits(shape.kv_heads))
     tables = [] if interpret else [table(layers * matrices), table(layers * 2)]
     kernel = plgpu.kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((roomy(hidden),), jnp.float32),
             jax.ShapeDtypeStruct((roomy(sizes.size) + SPAN,), jnp.bfloat16),
-            *(jax.ShapeDtypeStruct(size, jnp.float32) for size in ((*parts, shape.head_dim), parts, parts)),
+            *(jax.ShapeDtypeStruct(size, jnp.float32) for size in Attention.partials(shape)),
         ],
-        scratch_types=[*tables, *Stream.scratch(slots, shape.held, bool(interpret))],
+        scratch_types=[*tables, *Attention.scratch(shape), *Stream.scratch(slots, shape.held, bool(interpret))],
         grid=(blocks,),
         grid_names=("block",),
         num_threads=2,

@@ -92,3 +92,8 @@ class PerLayer:
         # Here the copy reads zeros behind the edge.
         region = pl.ds(row, target.shape[0]), pl.ds(column, SPAN)
         self._each(lambda ref: plgpu.copy_gmem_to_smem(ref.at[region], target, full.at[slot]))
+
+    def fetch_with(self, other: "PerLayer", start: jax.Array, size: int, slot: Any, full: Any, number: Any) -> None:
+        """Start to copy elements of this layer's array and the same ones of another's: see `ptx.fetch_all`."""
+        entries = [each.first + self.layer for each in (self, other)]
+        ptx.fetch_all(self.table, entries, start, size, slot, full, number)

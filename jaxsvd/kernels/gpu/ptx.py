@@ -1,5 +1,6 @@
 """What Pallas has no word for, as PTX in Mosaic's MLIR. None of it runs in Pallas' interpreter."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
 NUMBER = plgpu.Layout.WG_SPLAT(())  # how a warpgroup holds ()
 CHAINS = 4  # sums that are independent of each other: one mma takes 33 cycles, and the next may not wait for it
+
+
+def thread() -> Any:
+    """The number of a thread in its warpgroup."""
+    return arith.remui(utils.thread_idx(), arith.constant(ir.IntegerType.get_signless(32), utils.WARPGROUP_SIZE))
+
+
+def mma(a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[Any]:
+    """A·B + C, (16, 8) float32, of bfloat16 (16, k) and (k, 8), k = 16, or 8 where A and B have half the registers."""
+    f32 = ir.F32Type.get()
+    places = iter(f"${i}" for i in range(4 + len(a) + len(b) + 4))
+    d, *given = ("{" + ", ".join(next(places) for _ in range(n)) + "}" for n in (4, len(a), len(b), 4))
+    made: Any = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * 4),
+        [*a, *b, *c],
+        f"mma.sync.aligned.m16n8k{4 * len(a)}.row.col.f32.bf16.bf16.f32 {', '.join([d, *given])};",
+        ",".join(["=f"] * 4 + ["r"] * (len(a) + len(b)) + ["f"] * 4),
+        has_side_effects=False,
+    )
+    return [llvm.extractvalue(f32, made, [i]) for i in range(4)]
 
 
 def multiply(sums: jax.Array, weights: jax.Array, x: jax.Array, layouts: tuple[Any, Any, Any]) -> jax.Array:
@@ -29,24 +49,17 @@ def multiply(sums: jax.Array, weights: jax.Array, x: jax.Array, layouts: tuple[A
 
     def run(_: Any, sums: Any, weights: Any, x: Any) -> Any:
         f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-        words, quad = ir.VectorType.get((4,), i32), llvm.StructType.get_literal([f32] * 4)
+        words = ir.VectorType.get((4,), i32)
         zero, none = arith.constant(i32, 0), arith.constant(f32, 0.0)
         (held,) = sums.registers.flat
-        chains = [[_element(held, 0), _element(held, 1), none, none], *([none] * 4 for _ in range(CHAINS - 1))]
+        chains = [[element(held, 0), element(held, 1), none, none], *([none] * 4 for _ in range(CHAINS - 1))]
         turn = 0
         for b, a in zip(weights.registers.flat, x.registers.flat, strict=True):
             b, a = vector.bitcast(words, b), vector.bitcast(words, a)
             for i in (0, 2):
                 # Rows 8 to 15 of A are nothing.
-                given = [_element(a, i), zero, _element(a, i + 1), zero, _element(b, i), _element(b, i + 1)]
-                made: Any = llvm.inline_asm(
-                    quad,
-                    [*given, *chains[turn]],
-                    MMA,
-                    ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4),
-                    has_side_effects=False,
-                )
-                chains[turn] = [llvm.extractvalue(f32, made, [j]) for j in range(4)]
+                pairs = [element(a, i), zero, element(a, i + 1), zero], [element(b, i), element(b, i + 1)]
+                chains[turn] = mma(*pairs, chains[turn])
                 turn = (turn + 1) % CHAINS
         totals = []
         for i in range(2):
@@ -56,16 +69,17 @@ def multiply(sums: jax.Array, weights: jax.Array, x: jax.Array, layouts: tuple[A
         registers.flat[0] = vector.from_elements(ir.VectorType.get((2,), f32), totals)
         return mgpu.FragmentedArray(_registers=registers, _layout=sums.layout, _is_signed=None)
 
-    return _inline(layouts, run, sums, weights, x, result=result)
+    return inline(layouts, run, sums, weights, x, result=result)
 
 
-def _inline(types: tuple[Any, ...], run: Callable[..., Any], *args: Any, result: Any = None) -> Any:
+def inline(types: tuple[Any, ...], run: Callable[..., Any], *args: Any, result: Any = None) -> Any:
     """Put what `run(context, *args)` builds into the kernel."""
     inlined: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)(run)
     return inlined(*args)
 
 
-def _element(register: Any, i: int) -> Any:
+def element(register: Any, i: int) -> Any:
+    """One of the numbers in a register of an array."""
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
 
@@ -95,7 +109,7 @@ def meet(counter: Any, target: jax.Array) -> None:
             )
         utils.warpgroup_barrier()
 
-    _inline((plgpu.RefType(), NUMBER), run, counter, target)
+    inline((plgpu.RefType(), NUMBER), run, counter, target)
 
 
 def publish(table: Any, refs: Sequence[Any]) -> None:
@@ -109,7 +123,7 @@ def publish(table: Any, refs: Sequence[Any]) -> None:
                 llvm.store(llvm.ptrtoint(i64, utils.memref_ptr(ref)), utils.getelementptr(start, [i], i64))
         utils.warpgroup_barrier()
 
-    _inline((plgpu.RefType(),) * (1 + len(refs)), run, table, *refs)
+    inline((plgpu.RefType(),) * (1 + len(refs)), run, table, *refs)
 
 
 def _found(table: Any, entry: Any, offset: Any) -> Any:
@@ -137,7 +151,7 @@ def load(
         return mgpu.FragmentedArray.load_untiled(region, layout=layout.to_mgpu(), optimized=False)
 
     result = plgpu.ShapeDtypeStruct(tuple(sizes), jnp.bfloat16, layout=layout)
-    return _inline((plgpu.RefType(), NUMBER, NUMBER), run, table, entry, offset, result=result)
+    return inline((plgpu.RefType(), NUMBER, NUMBER), run, table, entry, offset, result=result)
 
 
 def store(
@@ -149,7 +163,7 @@ def store(
     def run(_: Any, table: Any, entry: Any, offset: Any, values: Any) -> None:
         values.store_untiled(_region(table, entry, offset, sizes, strides), optimized=False)
 
-    _inline((plgpu.RefType(), NUMBER, NUMBER, layout), run, table, entry, offset, values)
+    inline((plgpu.RefType(), NUMBER, NUMBER, layout), run, table, entry, offset, values)
 
 
 # Barriers of a ring, (slots, 2) int32 in shared memory, as Pallas does not show the address of its own. A phase ends
@@ -172,7 +186,7 @@ def prepare(barriers: Any) -> None:
             nvvm.fence_mbarrier_init()
         utils.warpgroup_barrier()
 
-    _inline((plgpu.RefType(),), run, barriers)
+    inline((plgpu.RefType(),), run, barriers)
 
 
 def wait(barriers: Any, slot: jax.Array, parity: jax.Array) -> None:
@@ -182,7 +196,7 @@ def wait(barriers: Any, slot: jax.Array, parity: jax.Array) -> None:
         i1 = ir.IntegerType.get_signless(1)
         _barrier(barriers, slot).wait_parity(arith.trunci(i1, parity.registers.item()))
 
-    _inline((plgpu.RefType(), NUMBER, NUMBER), run, barriers, slot, parity)
+    inline((plgpu.RefType(), NUMBER, NUMBER), run, barriers, slot, parity)
 
 
 def fetch(
@@ -201,31 +215,75 @@ def fetch(
     """
 
     def run(_: Any, target: Any, table: Any, barriers: Any, slot: Any, *numbers: Any) -> None:
-        i32 = ir.IntegerType.get_signless(32)
         entry, start, stride, size = (value.registers.item() for value in numbers)
+
+        def source(row: Any) -> Any:
+            return _found(table, entry, arith.addi(start, arith.muli(row, stride)))
+
         kind = ir.MemRefType(target.type)
-        rows, pitch, two = kind.shape[0], kind.get_strides_and_offset()[0][0], arith.constant(i32, 2)
-        size, barrier = arith.muli(size, two), _barrier(barriers, slot)
-        # One thread for each row, in all warps alike: those of a warp copy one after the other.
-        thread = arith.remui(utils.thread_idx(), arith.constant(i32, utils.WARPGROUP_SIZE))
-        warp, lane = (op(thread, arith.constant(i32, utils.WARP_SIZE)) for op in (arith.divui, arith.remui))
-        each = arith.constant(i32, rows * utils.WARP_SIZE // utils.WARPGROUP_SIZE)
-        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, each)):
-            first = arith.cmpi(arith.CmpIPredicate.eq, thread, arith.constant(i32, 0))
-            barrier.arrive_expect_tx(arith.muli(size, arith.constant(i32, rows)), predicate=first)
-            at = arith.addi(arith.muli(warp, each), lane)
-            source = _found(table, entry, arith.addi(start, arith.muli(at, stride)))
-            row = arith.addi(_shared(utils.memref_ptr(target)), arith.muli(at, arith.constant(i32, 2 * pitch)))
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [row, source, size, _shared(barrier.get_ptr())],
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
-                "r,l,r,r,~{memory}",
-                has_side_effects=True,
-            )
+        rows, pitch = kind.shape[0], kind.get_strides_and_offset()[0][0]
+        _copy(rows, source, size, target, pitch, _barrier(barriers, slot))
 
     types = (plgpu.RefType(),) * 3 + (NUMBER,) * 5
-    _inline(types, run, target, table, barriers, slot, entry, start, jnp.asarray(stride, jnp.int32), size)
+    inline(types, run, target, table, barriers, slot, entry, start, jnp.asarray(stride, jnp.int32), size)
+
+
+def fetch_all(
+    table: Any, entries: Sequence[jax.Array], start: jax.Array, size: int, target: Any, barriers: Any, slot: jax.Array
+) -> None:
+    """Start to copy the same `size` elements of several arrays, at most a warp's number of them.
+
+    Each goes into a part of `target` of its own: see `held`.
+    """
+
+    def run(_: Any, target: Any, table: Any, barriers: Any, slot: Any, start: Any, *entries: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+
+        def source(row: Any) -> Any:
+            entry, *others = (value.registers.item() for value in entries)
+            for i, other in enumerate(others, 1):
+                chosen = arith.cmpi(arith.CmpIPredicate.eq, row, arith.constant(i32, i))
+                entry = arith.select(chosen, other, entry)
+            return _found(table, entry, start.registers.item())
+
+        pitch = math.prod(ir.MemRefType(target.type).shape) // len(entries)
+        _copy(len(entries), source, arith.constant(i32, size), target, pitch, _barrier(barriers, slot))
+
+    types = (plgpu.RefType(),) * 3 + (NUMBER,) * (2 + len(entries))
+    inline(types, run, target, table, barriers, slot, start, *entries)
+
+
+def _copy(rows: int, source: Callable[[Any], Any], size: Any, target: Any, pitch: int, barrier: Any) -> None:
+    """`size` elements from the source of each row to shared memory, `pitch` elements apart."""
+    i32 = ir.IntegerType.get_signless(32)
+    # One thread for each row, in all warps alike: those of a warp copy one after the other.
+    warp, lane = (op(thread(), arith.constant(i32, utils.WARP_SIZE)) for op in (arith.divui, arith.remui))
+    at = arith.addi(arith.muli(lane, arith.constant(i32, utils.WARPGROUP_SIZE // utils.WARP_SIZE)), warp)
+    size = arith.muli(size, arith.constant(i32, 2))
+    with utils.when(arith.cmpi(arith.CmpIPredicate.ult, at, arith.constant(i32, rows))):
+        first = arith.cmpi(arith.CmpIPredicate.eq, thread(), arith.constant(i32, 0))
+        barrier.arrive_expect_tx(arith.muli(size, arith.constant(i32, rows)), predicate=first)
+        row = arith.addi(_shared(utils.memref_ptr(target)), arith.muli(at, arith.constant(i32, 2 * pitch)))
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [row, source(at), size, _shared(barrier.get_ptr())],
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+            "r,l,r,r,~{memory}",
+            has_side_effects=True,
+        )
+
+
+def held(slot: Any, part: int, parts: int, shape: tuple[int, ...], layout: Any) -> jax.Array:
+    """The first elements of one of the parts of a slot in shared memory, bfloat16, as an array of that shape."""
+    start = math.prod(slot.shape) // parts * part
+
+    def run(_: Any, slot: Any) -> Any:
+        kind, bf16 = ir.MemRefType(slot.type), ir.BF16Type.get()
+        first = utils.getelementptr(utils.memref_ptr(slot), [start], bf16)
+        region = utils.ptr_as_memref(first, ir.MemRefType.get(shape, bf16, memory_space=kind.memory_space))
+        return mgpu.FragmentedArray.load_untiled(region, layout=layout.to_mgpu(), optimized=False)
+
+    return inline((plgpu.RefType(),), run, slot, result=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=layout))
 
 
 def _shared(pointer: Any) -> Any:

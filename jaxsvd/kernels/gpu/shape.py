@@ -9,7 +9,8 @@ import jax.numpy as jnp
 ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
 NORMED = 512  # elements that a norm reads at once, of x and of its weights
-TOKENS = 32  # of the cache that a block attends to at once
+TOKENS = 32  # of the cache that a block attends to at once: keys and values of heads of 128 fill a slot
+HEADS = 8  # of queries that do so at once: the rows of mma that are used
 UNIT = 16  # widths are whole ones: 32 bytes, where copies and loads may begin
 
 SHARED = 227 * 1024  # bytes of shared memory that a block may have on Hopper
@@ -31,11 +32,6 @@ def whole(width: int, unit: int) -> int:
 def roomy(width: int) -> int:
     """The width of a buffer that is read a whole slot at a time."""
     return whole(width, SPAN)
-
-
-def ring(held: int, addresses: int) -> int:
-    """The slots for which shared memory has room beside an x of `held` elements and a table of addresses."""
-    return min(SLOTS, (SHARED - RESERVED - 2 * held - 8 * addresses) // (2 * ROWS * SPAN))
 
 
 @dataclass(frozen=True)
@@ -129,6 +125,16 @@ class LayerShape:
         """The elements of a phase's x in shared memory, at most."""
         return max(group.held for group in self.groups)
 
+    @property
+    def together(self) -> int:
+        """Heads of queries to a head of keys, in whole HEADS."""
+        return whole(self.heads // self.kv_heads, HEADS)
+
+    @property
+    def sides(self) -> int:
+        """The bytes in shared memory for these heads, and in which the four warps put together their parts."""
+        return self.together * (2 * self.head_dim + 4 * 4 * (self.head_dim + 2))
+
     def obstacle(self, layers: int, capacity: int) -> str | None:
         """Why the kernel can't run so many layers of this shape with a cache for so many tokens, or None."""
         sizes = [size for group in self.groups for size in (group.inputs, *group.widths, *group.outputs)]
@@ -137,11 +143,17 @@ class LayerShape:
             return f"widths must be multiples of {UNIT}, which {odd[0]} is not"
         if self.head_dim not in (64, 128):
             return f"heads must be 64 or 128 wide, not {self.head_dim}"
-        if ring(self.held, layers * self.arrays) < FEWEST:
+        if ring(self, layers) < FEWEST:
             return f"a multiprocessor has no room for {self.held} elements and the addresses of {layers} layers"
         if capacity % TOKENS:
             return f"the cache must have room for a multiple of {TOKENS} tokens, not {capacity}"
         return None
+
+
+def ring(shape: LayerShape, layers: int) -> int:
+    """The slots for which shared memory has room, beside addresses, the greatest x, and what attention needs."""
+    taken = RESERVED + 2 * shape.held + 8 * layers * shape.arrays + shape.sides
+    return min(SLOTS, (SHARED - taken) // (2 * ROWS * SPAN))
 
 
 def aligned(shapes: Sequence[LayerShape]) -> list[LayerShape] | None:

@@ -7,6 +7,7 @@ for their speed, but as one instruction then does what eighteen did.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -116,7 +117,7 @@ class Stream:
     """
 
     def __init__(self, block: jax.Array, blocks: int, slots: int, scratch: Sequence[Any], interpret: bool) -> None:
-        self._block, self._blocks, self._slots, self._interpret = block, blocks, slots, interpret
+        self._block, self._blocks, self._slots, self.interpret = block, blocks, slots, interpret
         self._ring, self._held, self._full, self._empty, self._together, self._ready = scratch
 
     @staticmethod
@@ -133,7 +134,7 @@ class Stream:
 
     def open(self) -> None:
         """Before `fill`: a ring of zeros, as what is behind the edge of a weight is multiplied, if only with zeros."""
-        if not self._interpret:
+        if not self.interpret:
             ptx.prepare(self._full)
             layout = plgpu.Layout.WG_STRIDED((ROWS, SPAN), 8)
             for slot in range(self._slots):
@@ -172,21 +173,41 @@ class Stream:
                         row = self._row(first, i) + member.row
 
                         def copy(part: jax.Array, count: jax.Array, member: Any = member, row: Any = row) -> Any:
-                            slot = lax.rem(count, self._slots)
-
-                            @pl.when(count >= self._slots)
-                            def wait() -> None:
-                                plgpu.barrier_wait(self._empty.at[slot])
-
-                            to = self._ring.at[slot]
-                            member.weight.fetch(row, part * SPAN, member.inputs, to, self._full, slot)
-                            return count + 1
+                            fetch = partial(member.weight.fetch, row, part * SPAN, member.inputs)
+                            return self.put(count, fetch)
 
                         count = lax.fori_loop(0, slots(member.inputs), copy, count)
                     return count
 
                 count = lax.fori_loop(0, mine, tile, count)
         return count
+
+    def put(self, count: jax.Array, fetch: Callable[[Any, Any, jax.Array], None]) -> jax.Array:
+        """Fill the next slot as soon as it is empty, by `fetch(slot, barriers, its number)`; the count behind it."""
+        slot = lax.rem(count, self._slots)
+
+        @pl.when(count >= self._slots)
+        def wait() -> None:
+            plgpu.barrier_wait(self._empty.at[slot])
+
+        fetch(self._ring.at[slot], self._full, slot)
+        return count + 1
+
+    def take(self, count: jax.Array, read: Callable[[Any], Any]) -> Any:
+        """What `read(slot)` gives of the slot of this number; behind it the slot is empty."""
+        slot = lax.rem(count, self._slots)
+        if self.interpret:
+            plgpu.barrier_wait(self._full.at[slot])
+        else:
+            ptx.wait(self._full, slot, lax.rem(lax.div(count, self._slots), 2))
+        found = read(self._ring.at[slot])
+        plgpu.barrier_arrive(self._empty.at[slot])
+        return found
+
+    def together(self) -> None:
+        """What any thread of the warpgroup has stored in shared memory before is seen by all behind it."""
+        plgpu.barrier_arrive(self._together)
+        plgpu.barrier_wait(self._together)
 
     def drain(self, count: jax.Array) -> None:
         """Wait until all that was copied has been used: no block may end before."""
@@ -205,8 +226,7 @@ class Stream:
                 zeros = full(0.0, (rest,), strided(4), jnp.bfloat16)
                 self._held.at[pl.ds(place + values.size, rest)][...] = zeros
             place += roomy(x.most)
-        plgpu.barrier_arrive(self._together)
-        plgpu.barrier_wait(self._together)
+        self.together()
 
     @staticmethod
     def _read(layer: jax.Array, x: X) -> jax.Array:
@@ -243,12 +263,11 @@ class Stream:
         """The sums (ROWS,) of a tile whose slots begin at `count`."""
 
         def add(part: jax.Array, sums: jax.Array) -> jax.Array:
-            slot = lax.rem(count + part, self._slots)
-            self._arrival(slot, count + part)
-            weights = load(self._ring.at[slot], TILE)
-            x = load(self._held.at[pl.ds(member.x + part * SPAN, SPAN)], INPUTS)
-            plgpu.barrier_arrive(self._empty.at[slot])
-            if not self._interpret:
+            def read(slot: Any) -> tuple[jax.Array, jax.Array]:
+                return load(slot, TILE), load(self._held.at[pl.ds(member.x + part * SPAN, SPAN)], INPUTS)
+
+            weights, x = self.take(count + part, read)
+            if not self.interpret:
                 return ptx.multiply(sums, weights, x, (PARTIAL, TILE, INPUTS))
             shape = (ROWS, SPAN // 128, 4, 32)  # the same as PTX does
             pieces = weights.astype(jnp.float32).reshape(shape) * x.astype(jnp.float32).reshape(shape[1:])
@@ -256,9 +275,3 @@ class Stream:
 
         sums = lax.fori_loop(0, slots(member.inputs), add, full(0.0, (4, ROWS), PARTIAL))
         return jnp.sum(sums, axis=0)
-
-    def _arrival(self, slot: jax.Array, count: jax.Array) -> None:
-        if self._interpret:
-            plgpu.barrier_wait(self._full.at[slot])
-        else:
-            ptx.wait(self._full, slot, lax.rem(lax.div(count, self._slots), 2))
