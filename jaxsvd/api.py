@@ -374,7 +374,7 @@ def backend_of(checkpoint: Checkpoint, backend: str, dtype: Any) -> kernels.Back
     """
     chosen = kernels.choose(backend, dtype=dtype)
     if backend == "auto" and chosen.fused is not None:
-        obstacle = checkpoint.describe(chosen, dtype).obstacle(CAPACITY)
+        obstacle = checkpoint.describe(chosen, dtype).obstacle(1, CAPACITY)
         if obstacle is not None:
             logger.warning("XLA decodes, not the kernel for all layers: %s", obstacle)
             return kernels.choose("xla")

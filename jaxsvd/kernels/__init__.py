@@ -112,22 +112,27 @@ class Backend(Protocol):
 
 
 class Fused(Protocol):
-    """What a backend has that runs all layers in one kernel: a step of one row.
+    """What a backend has that runs all layers in one kernel: a step of a few rows.
 
     `plans` are, for each layer, those of q, k and v, of o, of gate and up, and of down.
     """
 
-    def obstacle(self, heads: Heads, plans: Sequence[Sequence[Any]], capacity: int) -> str | None:
-        """Why it can't take such layers, with a cache for `capacity` tokens; or None."""
+    @property
+    def rows(self) -> int:
+        """How many rows it takes at most."""
         ...
 
-    def decoder(self, heads: Heads, plans: Sequence[Sequence[Any]]) -> Callable[..., jax.Array]:
-        """The kernel that takes one token of one row through such layers.
+    def obstacle(self, heads: Heads, plans: Sequence[Sequence[Any]], batch: int, capacity: int) -> str | None:
+        """Why it can't take such layers, with so many rows and a cache for `capacity` tokens each; or None."""
+        ...
 
-        It is called with x (hidden,), its position () int32; cosines and sines, float32 (width/2,); the weights of the
-        two norms (layers, hidden) and of those of heads (layers, width); and, for each layer, the arrays of its groups
-        in their order, and references to keys and to values (keys, capacity, width), which get the new token. It
-        returns x (hidden,), float32.
+    def decoder(self, heads: Heads, plans: Sequence[Sequence[Any]], batch: int) -> Callable[..., jax.Array]:
+        """The kernel that takes one token of each row through such layers.
+
+        It is called with x (batch, hidden), the positions (batch,) int32; cosines and sines, float32 (batch, width/2);
+        the weights of the two norms (layers, hidden) and of those of heads (layers, width); and, for each layer, the
+        arrays of its groups in their order, and references to keys and to values (batch·keys, capacity, width), which
+        get the new tokens. It returns x (batch, hidden), float32.
         """
         ...
 

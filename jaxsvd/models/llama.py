@@ -144,13 +144,13 @@ class Llama(nnx.Module):
     def _together(
         self, run: Callable[..., jax.Array], x: jax.Array, keys: list[jax.Array], values: list[jax.Array], step: Step
     ) -> jax.Array:
-        """One token of one row through all layers in the backend's kernel, and into the cache."""
+        """One token of each row through all layers in the backend's kernel, and into the cache."""
         arrays = [[array for group in layer.groups for array in group.values] for layer in self.layers]
         caches = [[jax.new_ref(buffer) for buffer in buffers] for buffers in (keys, values)]
-        angles = step.cosines[0, 0, 0], step.sines[0, 0, 0]
-        y = run(x[0, 0], step.positions[0, 0], *angles, step.norms or self.norms, arrays, *caches)
+        angles = step.cosines[:, 0, 0], step.sines[:, 0, 0]
+        y = run(x[:, 0], step.positions[:, 0], *angles, step.norms or self.norms, arrays, *caches)
         keys[:], values[:] = ([buffer[...] for buffer in buffers] for buffers in caches)
-        return y.astype(x.dtype)[None, None]
+        return y.astype(x.dtype)[:, None]
 
     @property
     def norms(self) -> list[jax.Array]:
@@ -159,28 +159,28 @@ class Llama(nnx.Module):
         return list(map(jnp.stack, zip(*weights, strict=True)))
 
     def decoder(self, batch: int, capacity: int) -> Callable[..., jax.Array] | None:
-        """The backend's kernel that takes one token through all layers; None where there is none for such a batch."""
-        if self.fused is None or batch != 1:
+        """The backend's kernel that takes a token of each row through all layers; None where it has none for them."""
+        if self.fused is None or batch > self.fused.rows:
             return None
-        if obstacle := self.obstacle(capacity):
+        if obstacle := self.obstacle(batch, capacity):
             logger.warning("XLA decodes, not the kernel for all layers: %s", obstacle)
             return None
-        return self.fused.decoder(*self._form)
+        return self.fused.decoder(*self._form, batch)
 
     @property
     def fused(self) -> Fused | None:
         """What the backend has for all layers at once."""
         return self.layers[0].self_attn.o.backend.fused
 
-    def obstacle(self, capacity: int) -> str | None:
-        """Why such a kernel can't run this model with a cache for so many tokens, or None."""
+    def obstacle(self, batch: int, capacity: int) -> str | None:
+        """Why such a kernel can't run this model with so many rows and a cache for so many tokens each, or None."""
         dtype = self.embed_tokens.weight.dtype
         if dtype != jnp.bfloat16:
             return f"the kernel computes in bfloat16, and the model is in {dtype}"
         if any(group.biases for layer in self.layers for group in layer.groups):
             return "the kernel has no biases, and the model has"
         assert self.fused is not None
-        return self.fused.obstacle(*self._form, capacity)
+        return self.fused.obstacle(*self._form, batch, capacity)
 
     @property
     def _form(self) -> tuple[Heads, list[list[Any]]]:

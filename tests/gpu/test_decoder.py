@@ -20,6 +20,7 @@ from jaxsvd.config import ModelConfig
 from jaxsvd.engine import Engine
 from jaxsvd.errors import JaxsvdError
 from jaxsvd.kernels.gpu import GPU, JAX, obstacle
+from jaxsvd.kernels.gpu.shape import WIDEST
 from jaxsvd.kernels.xla import XLA
 from jaxsvd.models import build
 from jaxsvd.models.check import LAST, check
@@ -63,9 +64,9 @@ def gpu() -> GPU:
     return GPU(cores=1, interpret=plgpu.InterpretGPUParams() if jax.__version_info__ >= JAX else None)
 
 
-def engine_of(architecture, ranks, backend, dtype=jnp.bfloat16, layers=2):
+def engine_of(architecture, ranks, backend, dtype=jnp.bfloat16, layers=2, **changes):
     """An engine of random weights, which are the same for every backend and dtype."""
-    config = ModelConfig.from_hf(COMMON | CONFIGS[architecture] | {"num_hidden_layers": layers})
+    config = ModelConfig.from_hf(COMMON | CONFIGS[architecture] | {"num_hidden_layers": layers} | changes)
 
     class Rounded(RandomWeights):
         def make(self, name, *shape):
@@ -79,7 +80,12 @@ def engine_of(architecture, ranks, backend, dtype=jnp.bfloat16, layers=2):
 
 def followed(engine, prompt, forced):
     """The logits of decoded tokens: those behind each token of a forced text, but the last."""
-    return np.concatenate(list(engine.follow([prompt], len(forced), lambda i, _: [forced[i]])))[1:]
+    return followed_all(engine, [prompt], [forced])[1:, 0]
+
+
+def followed_all(engine, prompts, forced):
+    """The same of several rows, and of the last tokens of their prompts: (tokens, rows, vocab)."""
+    return np.stack(list(engine.follow(prompts, len(forced[0]), lambda i, _: [row[i] for row in forced])))
 
 
 def distance(actual, expected):
@@ -174,7 +180,7 @@ def test_layers_of_different_ranks(ranks, rng):
 )
 def test_what_the_kernel_does_not_take_is_left_to_xla(architecture, dtype, capacity, reason):
     model = engine_of(architecture, "low-rank", gpu(), dtype).model
-    assert reason in model.obstacle(capacity)
+    assert reason in model.obstacle(1, capacity)
     assert model.decoder(1, capacity) is None
 
 
@@ -199,32 +205,83 @@ def test_layers_of_other_widths_are_left_to_xla():
     config = ModelConfig.from_hf(COMMON | CONFIGS["qwen3"])
     config = dataclasses.replace(config, mlp_widths=((1, 256),))
     model = build(config, RandomWeights(jnp.bfloat16), gpu())
-    assert "not differ in more than their ranks" in model.obstacle(128)
+    assert "not differ in more than their ranks" in model.obstacle(1, 128)
     assert model.decoder(1, 128) is None
 
 
+@kernel
+@pytest.mark.parametrize(
+    ("architecture", "ranks", "rows"),
+    [
+        ("qwen3", "low-rank", 2),
+        ("qwen3", "dense", 3),
+        ("llama", "low-rank", 5),
+        ("qwen3", "mixed", 8),
+        ("llama", "mixed-again", 8),
+    ],
+)
+def test_logits_of_several_rows(architecture, ranks, rows, rng):
+    """Their prompts are of different lengths, one of them longer than what a block attends to at once."""
+    prompts = [rng.integers(0, 128, 1 + 11 * row).tolist() for row in range(rows)]
+    forced = rng.integers(0, 128, (rows, 3)).tolist()
+    engine = engine_of(architecture, ranks, gpu())
+    assert engine.model.decoder(rows, 128) is not None
+    found, plain, exact = (
+        followed_all(one, prompts, forced)[1:]
+        for one in (
+            engine,
+            engine_of(architecture, ranks, XLA("cpu")),
+            engine_of(architecture, ranks, XLA("cpu"), jnp.float32),
+        )
+    )
+    for row in range(rows):
+        assert distance(found[:, row], exact[:, row]) < 1.5 * distance(plain[:, row], exact[:, row])
+    assert distance(found, exact) < 1.2 * distance(plain, exact)
+
+
+@kernel
+@pytest.mark.parametrize("ranks", ["dense", "low-rank"])
+def test_several_rows_too_wide_to_be_held_at_once(ranks, rng):
+    """Of down, whose inputs go in two pieces, the second not of whole slots."""
+    prompts = [rng.integers(0, 128, length).tolist() for length in (3, 9)]
+    engines = [
+        engine_of("qwen3", ranks, backend, layers=1, intermediate_size=WIDEST + 1040) for backend in (gpu(), XLA("cpu"))
+    ]
+    assert engines[0].model.decoder(2, 128) is not None
+    found, expected = (followed_all(engine, prompts, [[1, 2], [3, 4]])[1:] for engine in engines)
+    assert distance(found, expected) < 2e-2
+
+
+@kernel
+def test_many_heads_of_several_rows(rng):
+    """So many that the cache of a head is not cut: no parts have to be put together."""
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 64}
+    prompts = [rng.integers(0, 128, 3 + 40 * row).tolist() for row in range(3)]
+    engines = [engine_of("llama", "low-rank", backend, layers=1, **heads) for backend in (gpu(), XLA("cpu"))]
+    found, expected = (followed_all(engine, prompts, [[1, 2]] * 3)[1:] for engine in engines)
+    assert distance(found, expected) < 2e-2
+
+
 @pytest.mark.parametrize("ranks", ["dense", "low-rank", "mixed"])
-def test_prompts_and_batches_are_as_with_xla(ranks, rng):
-    prompts = [rng.integers(0, 128, length).tolist() for length in (5, 21)]
+def test_prompts_and_larger_batches_are_as_with_xla(ranks, rng):
+    prompts = [rng.integers(0, 128, length).tolist() for length in (5, 21) * 5]
     backends = (gpu(), jnp.bfloat16), (XLA("cpu"), jnp.bfloat16), (XLA("cpu"), jnp.float32)
     engines = [engine_of("qwen3", ranks, *chosen) for chosen in backends]
     found, plain, exact = (engine.logits(prompts) for engine in engines)
     assert distance(found, exact) < 1.2 * distance(plain, exact)
-    rows = [SamplingParams()] * 2
+    rows = [SamplingParams()] * 10
     texts = [np.concatenate(list(engine.generate(prompts, rows, 8)), axis=1) for engine in engines[:2]]
     np.testing.assert_array_equal(*texts)
 
 
-def test_several_rows_are_left_to_xla():
-    model = engine_of("qwen3", "low-rank", gpu()).model
-    assert model.obstacle(128) is None
-    assert model.decoder(2, 128) is None
+def test_many_rows_are_left_to_xla():
+    assert engine_of("qwen3", "low-rank", gpu()).model.decoder(9, 128) is None
 
 
 def test_norms_are_put_together_before_the_loop_over_tokens(monkeypatch):
     given = []
 
-    def run(x, position, cosines, sines, norms, arrays, keys, values):
+    def run(x, positions, cosines, sines, norms, arrays, keys, values):
         given.extend(norm.shape for norm in norms)
         return x.astype(jnp.float32) + sum(norm.sum() for norm in norms)
 

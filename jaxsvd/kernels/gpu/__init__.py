@@ -1,7 +1,8 @@
-"""The backend for NVIDIA's Hopper GPUs: XLA for many tokens at once, one kernel for a step of one row.
+"""The backend for NVIDIA's Hopper GPUs: XLA for many tokens at once, one kernel for a step of a few rows.
 
 Low rank makes a decode step a chain of some thousand small kernels, and each costs more to begin and to end than to
-run. Here all layers are one launch (`jaxsvd.kernels.gpu.layers`). Everything else, prefill and batches, is XLA's.
+run. Here all layers are one launch (`jaxsvd.kernels.gpu.layers`). Everything else, prefill and larger batches, is
+XLA's.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxsvd.kernels import Fused, Heads
-from jaxsvd.kernels.gpu.shape import Group, LayerShape, aligned
+from jaxsvd.kernels.gpu.shape import BATCH, Group, LayerShape, aligned
 from jaxsvd.kernels.xla import XLA, GroupPlan, Stored
 
 CAPABILITY = "9.0"  # Hopper: TMA, and as much shared memory as the ring of weights takes
@@ -46,19 +47,24 @@ class GPU(XLA):
         # The kernel reads rows of one output each, whether they are of a factor or of a dense matrix.
         return Stored(inputs, outputs, transposed=True)
 
-    def obstacle(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]], capacity: int) -> str | None:
+    @property
+    def rows(self) -> int:
+        """See `Fused.rows`."""
+        return BATCH
+
+    def obstacle(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]], batch: int, capacity: int) -> str | None:
         """See `Fused.obstacle`."""
         shapes = aligned(_shapes(heads, plans))
         if shapes is None:
             return "layers must not differ in more than their ranks"
-        return next(filter(None, (shape.obstacle(len(shapes), capacity) for shape in shapes)), None)
+        return next(filter(None, (shape.obstacle(len(shapes), batch, capacity) for shape in shapes)), None)
 
-    def decoder(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]]) -> Callable[..., jax.Array]:
+    def decoder(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]], batch: int) -> Callable[..., jax.Array]:
         """See `Fused.decoder`."""
         # Here, as the backend can be chosen, and refused, where jax is too old for the kernel.
         from jaxsvd.kernels.gpu.layers import make_layers
 
-        return make_layers(tuple(_shapes(heads, plans)), self.cores, self.interpret)
+        return make_layers(tuple(_shapes(heads, plans)), batch, self.cores, self.interpret)
 
 
 def _shapes(heads: Heads, plans: Sequence[Sequence[GroupPlan]]) -> list[LayerShape]:

@@ -1,4 +1,4 @@
-"""Attention of one new token to the cache, dealt out to the blocks of the grid: two steps, a meeting between them.
+"""Attention of each row's new token to the cache, dealt out to the blocks: two steps, a meeting between them.
 
 This is split-K flash decoding (Dao et al. 2023) for grouped queries: each block takes some heads of keys and some
 tokens, and the queries of a head of keys share what it reads.
@@ -25,22 +25,26 @@ SPLITS = 16  # of them per head of keys, at most
 
 
 def splits(kv_heads: int) -> int:
-    """Into how many parts the cache of a head of keys is cut."""
+    """Into how many parts the cache of a head of keys is cut, there being so many of all rows."""
     return min(SPLITS, max(1, UNITS // kv_heads))
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The two steps. `vectors` bfloat16 holds q, k and v at elements `heads`, and gets the result at `mixed`."""
+    """The two steps. `vectors` bfloat16 holds q, k and v at `heads` of each row, and gets the result at `mixed`.
+
+    Where there is only one part of the cache of a head, `attend` gives the result, and `combine` is not needed.
+    """
 
     shape: LayerShape
     layer: jax.Array
     block: jax.Array
     blocks: int
-    position: jax.Array  # of the new token
-    angles: Sequence[Any]  # cosines and sines, float32 (head_dim/2,)
+    batch: int
+    positions: Any  # of the new tokens, (batch,)
+    angles: Sequence[Any]  # cosines and sines, float32 (batch, head_dim/2)
     norms: Sequence[Any]  # of the heads of q and k, (layers, head_dim), or none
-    caches: Sequence[PerLayer]  # keys and values, (kv_heads, capacity, head_dim)
+    caches: Sequence[PerLayer]  # keys and values, (batch·kv_heads, capacity, head_dim)
     vectors: Any
     heads: Sequence[int]
     mixed: int
@@ -48,12 +52,12 @@ class Attention:
     warps: Sequence[Any]  # in shared memory, what each warp gives: see `scratch`
 
     @staticmethod
-    def partials(shape: LayerShape) -> list[tuple[int, ...]]:
-        """Of each head and part, float32: its greatest score, the sum of exponentials, and the mix of values.
+    def partials(shape: LayerShape, batch: int) -> list[tuple[int, ...]]:
+        """Of each head of all rows and each part, float32: its greatest score, the sum of exponentials, and the mix.
 
-        This is not yet divided by the sum.
+        This, of values, is not yet divided by the sum.
         """
-        each = shape.heads, splits(shape.kv_heads)
+        each = batch * shape.heads, splits(batch * shape.kv_heads)
         return [each, each, (*each, shape.head_dim)]
 
     @staticmethod
@@ -78,11 +82,11 @@ class Attention:
         """How many of `count` items are this block's: every `blocks`-th."""
         return share(count, self.block, self.blocks)
 
-    def head(self, kind: int, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The halves of head `index` of q, k or v (kind 0 to 2): normed where the model does, and rotated; not v."""
+    def head(self, kind: int, row: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The halves of a row's head of q, k or v (kind 0 to 2): normed where the model does, and rotated; not v."""
         layout = self.halves
         start = self.heads[kind] + index * self.shape.head_dim
-        low, high = (load(self.vectors.at[pl.ds(start + at, self.half)], layout) for at in (0, self.half))
+        low, high = (load(self.vectors.at[row, pl.ds(start + at, self.half)], layout) for at in (0, self.half))
         low, high = low.astype(jnp.float32), high.astype(jnp.float32)
         if kind == 2:
             return low, high
@@ -93,29 +97,40 @@ class Attention:
                 for at in (0, self.half)
             ]
             low, high = low * scale * gains[0], high * scale * gains[1]
-        cosine, sine = (load(angle, layout) for angle in self.angles)
+        cosine, sine = (load(angle.at[row, pl.ds(0, self.half)], layout) for angle in self.angles)
         return low * cosine - high * sine, high * cosine + low * sine
 
-    def append(self, kv_head: jax.Array, key: Sequence[jax.Array], value: Sequence[jax.Array]) -> None:
-        """The new token to the cache."""
+    def append(
+        self, kv_head: jax.Array, position: jax.Array, key: Sequence[jax.Array], value: Sequence[jax.Array]
+    ) -> None:
+        """The new token to the cache of a head of keys, one of all rows'."""
         for cache, halves in zip(self.caches, (key, value), strict=True):
             for at, half in zip((0, self.half), halves, strict=True):
-                place = kv_head, self.position, pl.ds(at, self.half)
+                place = kv_head, position, pl.ds(at, self.half)
                 cache.store(place, half.astype(jnp.bfloat16), self.halves)
 
     @property
-    def items(self) -> int:
-        """How many parts there are, of all heads of keys."""
-        return self.shape.kv_heads * splits(self.shape.kv_heads)
+    def kv_heads(self) -> int:
+        """The heads of keys of all rows."""
+        return self.batch * self.shape.kv_heads
+
+    @property
+    def splits(self) -> int:
+        """The parts of each."""
+        return splits(self.kv_heads)
 
     def part(self, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Of a part: its head of keys, its number there, its first token, and the one behind its last."""
-        parts = splits(self.shape.kv_heads)
-        kv_head, split = lax.div(index, parts), lax.rem(index, parts)
+        kv_head, split = lax.div(index, self.splits), lax.rem(index, self.splits)
+        position = self.position(kv_head)
         # Each part has the same number of tokens, whole tiles of them; the last ones may have none.
-        length = lax.div(self.position + (parts * TOKENS - 1), parts * TOKENS) * TOKENS
+        length = lax.div(position + (self.splits * TOKENS - 1), self.splits * TOKENS) * TOKENS
         begin = split * length
-        return kv_head, split, begin, jnp.minimum(begin + length, self.position)
+        return kv_head, split, begin, jnp.minimum(begin + length, position)
+
+    def position(self, kv_head: jax.Array) -> jax.Array:
+        """Of the new token of the row whose head of keys this is."""
+        return self.positions[lax.div(kv_head, self.shape.kv_heads)]
 
     def fill(self, stream: Stream, count: jax.Array) -> jax.Array:
         """Copy keys and values of this block's parts into the ring; the count behind them.
@@ -135,7 +150,7 @@ class Attention:
 
             return lax.fori_loop(0, self.tiles(begin, end), tile, count)
 
-        return count if stream.interpret else lax.fori_loop(0, self.mine(self.items), item, count)
+        return count if stream.interpret else lax.fori_loop(0, self.mine(self.kv_heads * self.splits), item, count)
 
     def tile(
         self, stream: Stream, count: jax.Array, kv_head: jax.Array, start: jax.Array
@@ -168,11 +183,12 @@ class Attention:
         def item(i: jax.Array, count: jax.Array) -> jax.Array:
             index = self.block + i * self.blocks
             kv_head, split, begin, end = self.part(index)
-            key, value = self.head(1, kv_head), self.head(2, kv_head)
-            pl.when(split == 0)(lambda: self.append(kv_head, key, value))
+            row, own = lax.div(kv_head, shape.kv_heads), lax.rem(kv_head, shape.kv_heads)  # its number in the row
+            key, value = self.head(1, row, own), self.head(2, row, own)
+            pl.when(split == 0)(lambda: self.append(kv_head, self.position(kv_head), key, value))
             scores = []  # of the new token, with which the first part begins
             for g in range(group):
-                query = [x * scale for x in self.head(0, kv_head * group + g)]
+                query = [x * scale for x in self.head(0, row, own * group + g)]
                 for start, x in zip((0, self.half), query, strict=True):
                     queries.at[g, pl.ds(start, self.half)][...] = x.astype(jnp.bfloat16)
                 score = jnp.sum(query[0] * key[0] + query[1] * key[1], axis=0)
@@ -195,7 +211,7 @@ class Attention:
             self.gather(stream, kv_head * group, split, states, scores, value)
             return count
 
-        return lax.fori_loop(0, self.mine(self.items), item, count)
+        return lax.fori_loop(0, self.mine(self.kv_heads * self.splits), item, count)
 
     def nothing(self) -> flash.State:
         """Where no token has been attended to."""
@@ -225,14 +241,24 @@ class Attention:
             each = [*(tops[warp, g] for warp in warps), score]
             greatest = reduce(jnp.maximum, each)
             *shrinks, new = [jnp.exp(top - greatest) for top in each]
-            self.partial[0][first + g, split] = greatest
-            self.partial[1][first + g, split] = reduce(
-                jnp.add, [shrink * totals[warp, g] for warp, shrink in enumerate(shrinks)], new
-            )
+            total = reduce(jnp.add, [shrink * totals[warp, g] for warp, shrink in enumerate(shrinks)], new)
+            if self.splits > 1:
+                self.partial[0][first + g, split] = greatest
+                self.partial[1][first + g, split] = total
             for start, x in zip((0, self.half), value, strict=True):
                 half = pl.ds(start, self.half)
                 parts = [load(sides.at[warp, g, half], self.halves) * shrink for warp, shrink in enumerate(shrinks)]
-                self.partial[2].at[first + g, split, half][...] = reduce(jnp.add, parts, x * new)
+                mixed = reduce(jnp.add, parts, x * new)
+                if self.splits > 1:
+                    self.partial[2].at[first + g, split, half][...] = mixed
+                else:
+                    self.put(first + g, start, mixed / total)
+
+    def put(self, head: jax.Array, start: int, mixed: jax.Array) -> None:
+        """The result of half a head, one of all rows', from its element `start` on."""
+        row, own = lax.div(head, self.shape.heads), lax.rem(head, self.shape.heads)
+        place = pl.ds(self.mixed + own * self.shape.head_dim + start, self.half)
+        self.vectors.at[row, place][...] = mixed.astype(jnp.bfloat16)
 
     def combine(self) -> None:
         """Put the parts of each head together."""
@@ -241,7 +267,7 @@ class Attention:
         def item(i: jax.Array, _: None) -> None:
             head = self.block + i * self.blocks
             all_tops, all_totals, parts = self.partial
-            tops = [all_tops[head, split] for split in range(splits(self.shape.kv_heads))]
+            tops = [all_tops[head, split] for split in range(self.splits)]
             greatest = reduce(jnp.maximum, tops)
             weights = [jnp.exp(top - greatest) for top in tops]
             total = reduce(jnp.add, [weight * all_totals[head, split] for split, weight in enumerate(weights)])
@@ -250,7 +276,6 @@ class Attention:
                     load(parts.at[head, split, pl.ds(start, self.half)], layout) * weight
                     for split, weight in enumerate(weights)
                 ]
-                target = pl.ds(self.mixed + head * self.shape.head_dim + start, self.half)
-                self.vectors.at[target][...] = (reduce(jnp.add, mixed) / total).astype(jnp.bfloat16)
+                self.put(head, start, reduce(jnp.add, mixed) / total)
 
-        lax.fori_loop(0, self.mine(self.shape.heads), item, None)
+        lax.fori_loop(0, self.mine(self.batch * self.shape.heads), item, None)

@@ -1,6 +1,6 @@
-"""One decoded token through all layers of a model, in one persistent launch.
+"""One decoded token of each row through all layers of a model, in one persistent launch.
 
-At batch 1 a step is a chain of matrix-vector products, and its floor is the time to read the weights. What keeps a
+For a few rows a step is a chain of matrix-vector products, and its floor is the time to read the weights. What keeps a
 chain of kernels from that floor is not bandwidth but the gaps: a launch, a first load, a ragged tail, some twenty times
 a layer. Here the blocks stay, one on each multiprocessor. While one warpgroup streams the block's share of all weights
 (`jaxsvd.kernels.gpu.stream`), the other multiplies; between two products that depend on each other all blocks meet at
@@ -10,7 +10,7 @@ Sums, norms, RoPE, softmax and the residual stream are float32; what one product
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -23,10 +23,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import ptx
-from jaxsvd.kernels.gpu.attention import Attention
+from jaxsvd.kernels.gpu.attention import Attention, splits
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load, table
-from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, Group, LayerShape, aligned, ring, roomy, whole
-from jaxsvd.kernels.gpu.stream import SCRATCH, SUMS, Phase, Stream, Streamed, Tiles, X
+from jaxsvd.kernels.gpu.shape import (
+    NORMED,
+    ROWS,
+    SPAN,
+    WIDEST,
+    Group,
+    LayerShape,
+    aligned,
+    height,
+    ring,
+    roomy,
+    whole,
+)
+from jaxsvd.kernels.gpu.stream import SCRATCH, Phase, Stream, Streamed, Tiles, X, columns, sums
 
 
 def gate(g: jax.Array, u: jax.Array) -> jax.Array:
@@ -39,8 +51,9 @@ class Products:
     """The products of a layer, in order: those `before` attention, and those `behind` it.
 
     x and `middle`, float32, are the residual stream before and after attention. Everything else lies in `vectors`,
-    bfloat16, `size` elements: q, k and v at `heads`, what attention gives at `mixed`. References and weights may be
-    None where only sizes are asked for.
+    bfloat16, `size` elements: q, k and v at `heads`, what attention gives at `mixed`. All of them, and `unfinished`,
+    float32, for the sums of products that go in pieces, have a row, or `height` of several. References and weights may
+    be None where only sizes are asked for.
     """
 
     shape: LayerShape  # of this layer
@@ -49,6 +62,8 @@ class Products:
     x: Any
     middle: Any
     vectors: Any
+    unfinished: Any
+    height: int
     size: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +85,11 @@ class Products:
         """All of them."""
         return [*self.before, *self.behind]
 
+    @property
+    def layout(self) -> Any:
+        """Of the results of a tile."""
+        return sums(self.height)
+
     def _take(self, width: int) -> int:
         start, self.size = self.size, self.size + width
         return start
@@ -78,15 +98,43 @@ class Products:
         """Products whose results go to `vectors` from element `start` on."""
 
         def store(row: jax.Array, sums: list[jax.Array], _: Any) -> None:
-            self.vectors.at[pl.ds(start + row, ROWS)][...] = sums[0].astype(jnp.bfloat16)
+            columns(self.vectors, start + row, ROWS)[...] = sums[0].astype(jnp.bfloat16)
 
         return Tiles(rows, members, store)
 
-    def _first(self, group: Group, weight: Any, x: X) -> tuple[Phase, list[Any]]:
+    def _pieces(self, x: X, tiles: Tiles) -> list[Phase]:
+        """The phases of a product: several if x is of several rows and too wide, of which each adds to the one before.
+
+        A block has the same tiles in all of them, so what is `unfinished` is read by who has stored it.
+        """
+        if self.height == 1 or x.gain is not None or x.width <= WIDEST:
+            return [Phase([x], [tiles])]
+        (member,), phases = tiles.members, []
+        for begin in range(0, x.width, WIDEST):
+            end = min(begin + WIDEST, x.width)
+            goes_on = end < x.width
+
+            def early(row: jax.Array, begin: int = begin, goes_on: bool = goes_on) -> tuple[Any, Any]:
+                before = load(columns(self.unfinished, row, ROWS), self.layout) if begin else 0.0
+                return before, None if goes_on else tiles.early(row)
+
+            def store(row: jax.Array, sums: list[jax.Array], early: tuple[Any, Any], goes_on: bool = goes_on) -> None:
+                total = sums[0] + early[0]
+                if goes_on:
+                    columns(self.unfinished, row, ROWS)[...] = total
+                else:
+                    tiles.store(row, [total], early[1])
+
+            piece = replace(x, start=x.start + begin, width=end - begin, most=end - begin)
+            part = Tiles(tiles.rows, [replace(member, begin=begin, end=end)], store, early)
+            phases.append(Phase([piece], [part], goes_on))
+        return phases
+
+    def _first(self, group: Group, weight: Any, x: X) -> tuple[list[Phase], list[Any]]:
         """The product that serves a whole group, and where each member's result begins."""
         strip = self._take(sum(group.most))
-        phase = Phase([x], [self._tiles(sum(group.widths), [Streamed(weight, group.inputs)], strip)])
-        return phase, [strip + start for start in group.starts]
+        phases = self._pieces(x, self._tiles(sum(group.widths), [Streamed(weight, group.inputs)], strip))
+        return phases, [strip + start for start in group.starts]
 
     def _second(self, group: Group, weights: Sequence[Any], places: Sequence[Any]) -> tuple[list[X], list[Streamed]]:
         """The V of each low-rank member, and what they read, which lies at `places`."""
@@ -98,45 +146,43 @@ class Products:
 
     def _passed(self, group: Group, places: Sequence[Any], row: jax.Array) -> dict[int, jax.Array]:
         """What the first product gave of members that are dense, here or in other layers."""
-        parts = {i: load(self.vectors.at[pl.ds(places[i] + row, ROWS)], SUMS) for i in group.dense}
+        parts = {i: load(columns(self.vectors, places[i] + row, ROWS), self.layout) for i in group.dense}
         return {i: part.astype(jnp.float32) for i, part in parts.items()}
 
-    @staticmethod
-    def _results(group: Group, sums: Sequence[jax.Array], passed: dict[int, jax.Array]) -> list[jax.Array]:
+    def _results(self, group: Group, sums: Sequence[jax.Array], passed: dict[int, jax.Array]) -> list[jax.Array]:
         """The result of each member: its sums, or what was passed on where it is dense."""
         given = passed | dict(zip(group.low_rank, sums, strict=True))
         for i in set(passed) & set(group.low_rank):
-            dense = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=SUMS) >= group.ranks[i]  # all, or none
-            given[i] = jnp.where(dense, passed[i], given[i])
+            numbers = plgpu.broadcasted_iota(jnp.int32, given[i].shape, 0, layout=self.layout)
+            given[i] = jnp.where(numbers >= group.ranks[i], passed[i], given[i])  # all, or none
         return [given[i] for i in range(len(group.ranks))]
 
     def _project(self, group: Group, weights: Sequence[Any], x: X) -> tuple[list[Phase], list[Any]]:
         """The phases of a group, and where each member's result begins."""
-        phase, places = self._first(group, weights[0], x)
+        phases, places = self._first(group, weights[0], x)
         strips, members = self._second(group, weights[1:], places)
         tiles = []
         for i, member in zip(group.low_rank, members, strict=True):
             result = self._take(group.outputs[i])
             tiles.append(self._tiles(group.unless_dense(i, group.outputs[i], 0), [member], result))
             places[i] = group.unless_dense(i, result, places[i])
-        return [phase, *([Phase(strips, tiles)] if tiles else [])], places
+        return [*phases, *([Phase(strips, tiles)] if tiles else [])], places
 
     def _add(self, group: Group, weights: Sequence[Any], source: int, residual: Any, target: Any) -> list[Phase]:
         """The phases of a lone matrix, whose result is added to the residual stream."""
 
         def held(row: jax.Array) -> jax.Array:
-            return load(residual.at[pl.ds(row, ROWS)], SUMS)
+            return load(columns(residual, row, ROWS), self.layout)
 
         def add(row: jax.Array, more: jax.Array, held: jax.Array) -> None:
-            target.at[pl.ds(row, ROWS)][...] = held + more
+            columns(target, row, ROWS)[...] = held + more
 
         x = X(self.vectors, source, group.inputs, group.inputs)
         if not group.low_rank:
             lone = Streamed(weights[0], group.inputs)
-            return [
-                Phase([x], [Tiles(group.outputs[0], [lone], lambda row, sums, held: add(row, sums[0], held), held)])
-            ]
-        phase, places = self._first(group, weights[0], x)
+            tiles = Tiles(group.outputs[0], [lone], lambda row, sums, held: add(row, sums[0], held), held)
+            return self._pieces(x, tiles)
+        phases, places = self._first(group, weights[0], x)
         strips, members = self._second(group, weights[1:], places)
 
         def early(row: jax.Array) -> tuple[jax.Array, dict[int, jax.Array]]:
@@ -145,18 +191,18 @@ class Products:
         def store(row: jax.Array, sums: list[jax.Array], given: tuple[jax.Array, dict[int, jax.Array]]) -> None:
             add(row, self._results(group, sums, given[1])[0], given[0])
 
-        return [phase, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
+        return [*phases, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
 
     def _gate(self, group: Group, weights: Sequence[Any], x: X, target: int) -> list[Phase]:
         """The phases of gate and up, whose tiles go in pairs."""
 
         def put(row: jax.Array, pair: Sequence[jax.Array]) -> None:
-            self.vectors.at[pl.ds(target + row, ROWS)][...] = gate(*pair).astype(jnp.bfloat16)
+            columns(self.vectors, target + row, ROWS)[...] = gate(*pair).astype(jnp.bfloat16)
 
         if not group.low_rank:
             members = [Streamed(weights[0], group.inputs, start) for start in group.starts]
             return [Phase([x], [Tiles(group.outputs[0], members, lambda row, sums, _: put(row, sums))])]
-        phase, places = self._first(group, weights[0], x)
+        phases, places = self._first(group, weights[0], x)
         strips, members = self._second(group, weights[1:], places)
 
         def early(row: jax.Array) -> dict[int, jax.Array]:
@@ -165,7 +211,7 @@ class Products:
         def store(row: jax.Array, sums: list[jax.Array], passed: dict[int, jax.Array]) -> None:
             put(row, self._results(group, sums, passed))
 
-        return [phase, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
+        return [*phases, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
 
 
 def _complete(shape: LayerShape, arrays: Sequence[jax.Array]) -> Iterator[jax.Array]:
@@ -179,59 +225,62 @@ def _complete(shape: LayerShape, arrays: Sequence[jax.Array]) -> Iterator[jax.Ar
 
 
 @cache
-def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = None) -> Callable[..., jax.Array]:
+def make_layers(
+    shapes: tuple[LayerShape, ...], batch: int, blocks: int, interpret: Any = None
+) -> Callable[..., jax.Array]:
     """The kernel for layers of these shapes, which differ in ranks only, on a GPU with `blocks` multiprocessors.
 
     `interpret` (`plgpu.InterpretGPUParams`) runs it in Pallas' interpreter, with one block. The kernel takes
 
-    - x (hidden,), the token's vector, and the position () int32 that it has;
-    - cosines and sines of RoPE at the position, float32 (head_dim/2,);
+    - x (batch, hidden), each row's token's vector, and the positions (batch,) int32 that they have;
+    - cosines and sines of RoPE at the positions, float32 (batch, head_dim/2);
     - the weights of the two norms (layers, hidden), and of those of the heads of q and k (layers, head_dim), if any;
     - the weights of the four groups of each layer in bfloat16, (outputs, inputs) each: the first product's, then each
       V;
-    - keys and values, each a list of references to the bfloat16 (kv_heads, capacity, head_dim) of a layer, which get
-      the new token: see `LayerShape.obstacle`,
+    - keys and values, each a list of references to the bfloat16 (batch·kv_heads, capacity, head_dim) of a layer, which
+      get the new tokens: see `LayerShape.obstacle`,
 
-    and returns x behind the last layer, float32 (hidden,).
+    and returns x behind the last layer, float32 (batch, hidden).
     """
     all_shapes = aligned(shapes)
     assert all_shapes is not None
     shape, layers = all_shapes[0], len(shapes)
-    hidden = shape.qkv.inputs
+    hidden, rows = shape.qkv.inputs, height(batch)
     counts = [1 + len(group.low_rank) for group in shape.groups]
-    sizes = Products(shape, [[None] * count for count in counts], (None, None), None, None, None)
-    meetings = len(sizes.phases) + 2  # of a layer: attention has two of its own
+    sizes = Products(shape, [[None] * count for count in counts], (None, None), *[None] * 4, rows)
+    parted = splits(batch * shape.kv_heads) > 1  # whether the cache of a head is, and must be put together
+    meetings = sum(not phase.goes_on for phase in sizes.phases) + 1 + parted  # of a layer
     matrices = sum(counts)  # of a layer
-    slots = ring(shape, layers)
+    slots = ring(shape, layers, batch)
     ranks = None if len(set(shapes)) == 1 else np.array([one.ranks for one in all_shapes], np.int32)
 
     def body(*refs: Any) -> None:
         take = iter(refs)
-        position, *angles = (next(take) for _ in range(3))
+        positions, *angles = (next(take) for _ in range(3))
         norms = [next(take) for _ in range(2)]
         head_norms = [next(take) for _ in range(2 if shape.head_norms else 0)]
         ranked = None if ranks is None else next(take)
         weights = [[next(take) for _ in range(layers)] for _ in range(matrices)]
         x, counter = (next(take) for _ in range(2))
         caches = [[next(take) for _ in range(layers)] for _ in range(2)]
-        middle, vectors, *partial = (next(take) for _ in range(5))
+        middle, vectors, unfinished, *partial = (next(take) for _ in range(6))
         tables = [None, None] if interpret else [next(take) for _ in range(2)]
         warps = [next(take) for _ in range(4)]
         block = lax.axis_index("block")
-        stream = Stream(block, blocks, slots, list(take), bool(interpret))
+        stream = Stream(block, blocks, batch, slots, list(take), bool(interpret))
 
         def of(layer: jax.Array) -> Products:
             """A layer's products."""
             arrays = (PerLayer(refs, layer, tables[0], i * layers) for i, refs in enumerate(weights))
             groups = [list(islice(arrays, count)) for count in counts]
             given = shape if ranked is None else shape.of([ranked[layer, i] for i in range(len(shape.ranks))])
-            return Products(given, groups, norms, x, middle, vectors)
+            return Products(given, groups, norms, x, middle, vectors, unfinished, rows)
 
         def attention_of(layer: jax.Array) -> Attention:
             products = of(layer)
             cached = [PerLayer(refs, layer, tables[1], i * layers) for i, refs in enumerate(caches)]
             return Attention(
-                *(shape, layer, block, blocks, position[0], angles, head_norms, cached),
+                *(shape, layer, block, blocks, batch, positions, angles, head_norms, cached),
                 *(vectors, products.heads, products.mixed),
                 partial,
                 warps,
@@ -250,11 +299,12 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
                 if number == len(products.before):
                     count = attention.attend(stream, count)
                     meet()
-                    attention.combine()
-                    meet()
+                    if parted:
+                        attention.combine()
+                        meet()
                 stream.hold(layer, phase)
                 count = stream.multiply(count, deal)
-                meet()
+                stream.together() if phase.goes_on else meet()
             return count
 
         def fill(layer: jax.Array, count: jax.Array) -> jax.Array:
@@ -283,11 +333,12 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
     kernel = plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((roomy(hidden),), jnp.float32),
-            jax.ShapeDtypeStruct((roomy(sizes.size) + SPAN,), jnp.bfloat16),
-            *(jax.ShapeDtypeStruct(size, jnp.float32) for size in Attention.partials(shape)),
+            jax.ShapeDtypeStruct((rows, roomy(hidden)), jnp.float32),
+            jax.ShapeDtypeStruct((rows, roomy(sizes.size) + SPAN), jnp.bfloat16),
+            jax.ShapeDtypeStruct((rows, max(sum(group.most) for group in (shape.o, shape.down))), jnp.float32),
+            *(jax.ShapeDtypeStruct(size, jnp.float32) for size in Attention.partials(shape, batch)),
         ],
-        scratch_types=[*tables, *Attention.scratch(shape), *Stream.scratch(slots, shape.held, bool(interpret))],
+        scratch_types=[*tables, *Attention.scratch(shape), *Stream.scratch(slots, shape.held(batch), bool(interpret))],
         grid=(blocks,),
         grid_names=("block",),
         num_threads=2,
@@ -304,7 +355,7 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
 
     def call(
         x: jax.Array,
-        position: jax.Array,
+        positions: jax.Array,
         cosines: jax.Array,
         sines: jax.Array,
         norms: Sequence[jax.Array],
@@ -316,15 +367,16 @@ def make_layers(shapes: tuple[LayerShape, ...], blocks: int, interpret: Any = No
         before, behind, *head_norms = norms
         if odd := whole(hidden, NORMED) - hidden:  # not where it need not be: it is done in every step
             before, behind = (jnp.pad(gain, ((0, 0), (0, odd))) for gain in (before, behind))
-        residual = jax.new_ref(jnp.pad(x.astype(jnp.float32), (0, roomy(hidden) - hidden)))
+        room = (0, rows - batch), (0, roomy(hidden) - hidden)
+        residual = jax.new_ref(jnp.pad(x.astype(jnp.float32), room))
         counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
         # A position behind the end is clamped, as XLA's dynamic slices are.
-        position = jnp.minimum(position, keys[0].shape[1] - 1).reshape(1)
+        positions = jnp.minimum(positions, keys[0].shape[1] - 1)
         complete = [_complete(one, given) for one, given in zip(all_shapes, arrays, strict=True)]
         weights = [array for one in zip(*complete, strict=True) for array in one]
         ranked = [] if ranks is None else [jnp.asarray(ranks)]
-        vectors = position, cosines, sines, before, behind, *head_norms, *ranked
+        vectors = positions, cosines, sines, before, behind, *head_norms, *ranked
         kernel(*vectors, *weights, residual, counter, *keys, *values)
-        return residual[...][:hidden]
+        return residual[...][:batch, :hidden]
 
     return call

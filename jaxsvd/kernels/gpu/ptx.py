@@ -38,10 +38,11 @@ def mma(a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[Any]:
 
 
 def multiply(sums: jax.Array, weights: jax.Array, x: jax.Array, layouts: tuple[Any, Any, Any]) -> jax.Array:
-    """Add weights (8, n) times x (n,), both bfloat16, to the sums (4, 8) of the four warps, float32, on tensor cores.
+    """Add weights (8, n) times x, both bfloat16, to the sums of the four warps, float32, on tensor cores.
 
-    x is the A of m16n8k16: one row, which all eight groups of lanes hold alike, so that each gets the result. The
-    weights are B. A thread's eight neighbours are the inputs of two instructions: which input goes with which k does
+    x is the A of m16n8k16: eight rows (8, n), and the sums (4, 8, 8); or one (n,), which all eight groups of lanes hold
+    alike, so that each gets the result, and the sums (4, 8). The weights are B.
+    A thread's eight neighbours are the inputs of two instructions: which input goes with which k does
     not matter, as long as x and weights agree.
     """
 
@@ -271,6 +272,47 @@ def _copy(rows: int, source: Callable[[Any], Any], size: Any, target: Any, pitch
             "r,l,r,r,~{memory}",
             has_side_effects=True,
         )
+
+
+def bring(source: Any, row: jax.Array, start: Any, left: Any, target: Any, place: int) -> None:
+    """Start to copy elements of a row of `source`, eight to a thread of a warpgroup, to the same row of `target`.
+
+    They go from `start` there to `place` here, bfloat16, from global to shared memory, where zeros follow the first
+    `left` ones; all are there behind `brought`, for the thread that has copied them.
+    """
+
+    def run(_: Any, source: Any, target: Any, *numbers: Any) -> None:
+        i32, i64, bf16 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.BF16Type.get()
+        row, start, left = (value.registers.item() for value in numbers)
+        mine = arith.muli(thread(), arith.constant(i32, 8))
+
+        def element(ref: Any, first: Any) -> Any:
+            pitch = ir.MemRefType(ref.type).get_strides_and_offset()[0][0]
+            at = arith.addi(arith.muli(row, arith.constant(i32, pitch)), arith.addi(first, mine))
+            return utils.getelementptr(utils.memref_ptr(ref), [arith.extsi(i64, at)], bf16)
+
+        inside = arith.cmpi(arith.CmpIPredicate.slt, mine, left)
+        size = arith.select(inside, arith.constant(i32, 16), arith.constant(i32, 0))
+        to = _shared(element(target, arith.constant(i32, place)))
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [to, element(source, start), size],
+            "cp.async.cg.shared.global [$0], [$1], 16, $2;",
+            "r,l,r,~{memory}",
+            has_side_effects=True,
+        )
+
+    numbers = (jnp.asarray(number, jnp.int32) for number in (row, start, left))
+    inline((plgpu.RefType(),) * 2 + (NUMBER,) * 3, run, source, target, *numbers)
+
+
+def brought() -> None:
+    """Wait for all copies that this thread has begun by `bring`."""
+
+    def run(_: Any) -> None:
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "cp.async.wait_all;", "~{memory}", has_side_effects=True)
+
+    inline((), run)
 
 
 def held(slot: Any, part: int, parts: int, shape: tuple[int, ...], layout: Any) -> jax.Array:

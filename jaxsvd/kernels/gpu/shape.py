@@ -1,5 +1,6 @@
 """The shapes of layers, as their kernel sees them, and how wide its buffers are."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 
 ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
+BATCH = 8  # rows of x that it takes at most: half of its m
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
+WIDEST = 4096  # inputs that are held of several rows of x: wider products go in pieces
+APART = 32  # elements between rows of x in shared memory, lest all begin in the same bank
 NORMED = 512  # elements that a norm reads at once, of x and of its weights
 TOKENS = 32  # of the cache that a block attends to at once: keys and values of heads of 128 fill a slot
 HEADS = 8  # of queries that do so at once: the rows of mma that are used
@@ -32,6 +36,11 @@ def whole(width: int, unit: int) -> int:
 def roomy(width: int) -> int:
     """The width of a buffer that is read a whole slot at a time."""
     return whole(width, SPAN)
+
+
+def height(batch: int) -> int:
+    """The rows of a buffer for so many rows of x: mma takes one, or BATCH of them, some of which may be nothing."""
+    return 1 if batch == 1 else BATCH
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,13 @@ class Group:
         """The members that have a second product, in some layer at least."""
         return [i for i, rank in enumerate(self.ranks) if rank is not None]
 
-    @property
-    def held(self) -> int:
-        """The elements in shared memory for what its products read: the x of the first, or those of the second ones."""
-        return max(roomy(self.inputs), sum(roomy(self.deepest[i]) for i in self.low_rank))
+    def held(self, pieces: bool) -> int:
+        """The elements in shared memory of a row of what its products read: the x of the first, or of the second ones.
+
+        With `pieces` of the former no more than WIDEST at once.
+        """
+        first = min(self.inputs, WIDEST) if pieces else self.inputs
+        return max(roomy(first), sum(roomy(self.deepest[i]) for i in self.low_rank))
 
 
 @dataclass(frozen=True)
@@ -120,10 +132,11 @@ class LayerShape:
         """How many a layer has that are found by their address: those of its groups, keys and values."""
         return sum(1 + len(group.low_rank) for group in self.groups) + 2
 
-    @property
-    def held(self) -> int:
-        """The elements of a phase's x in shared memory, at most."""
-        return max(group.held for group in self.groups)
+    def held(self, batch: int) -> tuple[int, int]:
+        """The shape of a phase's x in shared memory, at most. Where a norm goes before, x is there as a whole."""
+        normed, plain = (self.qkv, self.gate_up), (self.o, self.down)
+        widest = max(group.held(batch > 1 and one is plain) for one in (normed, plain) for group in one)
+        return height(batch), widest + (APART if batch > 1 else 0)
 
     @property
     def together(self) -> int:
@@ -135,24 +148,25 @@ class LayerShape:
         """The bytes in shared memory for these heads, and in which the four warps put together their parts."""
         return self.together * (2 * self.head_dim + 4 * 4 * (self.head_dim + 2))
 
-    def obstacle(self, layers: int, capacity: int) -> str | None:
-        """Why the kernel can't run so many layers of this shape with a cache for so many tokens, or None."""
+    def obstacle(self, layers: int, batch: int, capacity: int) -> str | None:
+        """Why the kernel can't run so many layers of this shape with a cache for so many tokens a row, or None."""
         sizes = [size for group in self.groups for size in (group.inputs, *group.widths, *group.outputs)]
         odd = [size for size in sizes if size % UNIT]
         if odd:
             return f"widths must be multiples of {UNIT}, which {odd[0]} is not"
         if self.head_dim not in (64, 128):
             return f"heads must be 64 or 128 wide, not {self.head_dim}"
-        if ring(self, layers) < FEWEST:
-            return f"a multiprocessor has no room for {self.held} elements and the addresses of {layers} layers"
+        if ring(self, layers, batch) < FEWEST:
+            rows, width = self.held(batch)
+            return f"a multiprocessor has no room for {rows}·{width} elements and the addresses of {layers} layers"
         if capacity % TOKENS:
             return f"the cache must have room for a multiple of {TOKENS} tokens, not {capacity}"
         return None
 
 
-def ring(shape: LayerShape, layers: int) -> int:
+def ring(shape: LayerShape, layers: int, batch: int) -> int:
     """The slots for which shared memory has room, beside addresses, the greatest x, and what attention needs."""
-    taken = RESERVED + 2 * shape.held + 8 * layers * shape.arrays + shape.sides
+    taken = RESERVED + 2 * math.prod(shape.held(batch)) + 8 * layers * shape.arrays + shape.sides
     return min(SLOTS, (SHARED - taken) // (2 * ROWS * SPAN))
 
 

@@ -1,4 +1,4 @@
-"""Matrix-vector products whose weights are streamed through shared memory.
+"""Products of weights with one x or a few, whose weights are streamed through shared memory.
 
 One warpgroup of a block does nothing but copy tiles of weights into a ring, by TMA and as far ahead as the ring has
 room, across products and layers. Another multiplies them with x, which lies in shared memory too, on tensor cores: not
@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import ptx
 from jaxsvd.kernels.gpu.perlayer import load
-from jaxsvd.kernels.gpu.shape import NORMED, ROWS, SPAN, roomy, slots, whole
+from jaxsvd.kernels.gpu.shape import BATCH, NORMED, ROWS, SPAN, roomy, slots, whole
 
 SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add up
 
@@ -26,12 +26,30 @@ SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add u
 TILE = plgpu.Layout.TILED(
     plgpu.Tiling(((ROWS, 128), (ROWS, 32), (8,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
 )
-INPUTS = TILE.reduce((0,))
-# What mma gives: the sums (4, ROWS) of the warps, two in a thread.
-PARTIAL = plgpu.Layout.TILED(
-    plgpu.Tiling(((4, 8, ROWS), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
-).reduce((1,))
-SUMS = PARTIAL.reduce((0,))
+# What mma gives: the sums (4, BATCH, ROWS) of the warps, two in a thread.
+PARTIAL = plgpu.Layout.TILED(plgpu.Tiling(((4, BATCH, ROWS), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+# Four rows of something, one to a warp.
+APIECE = plgpu.Layout.TILED(plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+def inputs(height: int) -> Any:
+    """How four warps hold x: of all rows if there are several, else the one, which all lanes have that need it."""
+    return TILE if height > 1 else TILE.reduce((0,))
+
+
+def partial_sums(height: int) -> Any:
+    """How they hold the sums of each of them: (4, BATCH, ROWS), or (4, ROWS) of one row."""
+    return PARTIAL if height > 1 else PARTIAL.reduce((1,))
+
+
+def sums(height: int) -> Any:
+    """How they hold the sums of all: (BATCH, ROWS), or (ROWS,)."""
+    return partial_sums(height).reduce((0,))
+
+
+def columns(ref: Any, start: Any, size: int) -> Any:
+    """The same elements of all rows of a buffer: (BATCH, size), or (size,) of one row."""
+    return ref.at[0 if ref.shape[0] == 1 else pl.ds(0, BATCH), pl.ds(start, size)]
 
 
 def full(fill: float, shape: tuple[int, ...], layout: Any, dtype: Any = jnp.float32) -> jax.Array:
@@ -52,10 +70,10 @@ def strided(vector: int) -> Any:
 
 @dataclass(frozen=True)
 class X:
-    """Something that products read: elements [start, start + width), with RMSNorm where there is a `gain`.
+    """Something that products read: elements [start, start + width) of each row, with RMSNorm where there is a `gain`.
 
-    `ref` is bfloat16 without a norm and float32 with one. It is read in whole slots there, here NORMED elements at a
-    time, as `gain` is. Where the width is known at run time only, it is at most `most`.
+    `ref` (1 or BATCH, n) is bfloat16 without a norm and float32 with one. It is read in whole slots there, here NORMED
+    elements at a time, as `gain` is. Where the width is known at run time only, it is at most `most`.
     """
 
     ref: Any
@@ -68,12 +86,22 @@ class X:
 
 @dataclass(frozen=True)
 class Streamed:
-    """Rows of a weight (n, inputs) from `row` on, and where what they are multiplied with lies in shared memory."""
+    """Rows of a weight (n, inputs) from `row` on, and where what they are multiplied with lies in shared memory.
+
+    Where they are multiplied in pieces, this is the one of inputs [begin, end).
+    """
 
     weight: Any  # PerLayer
     inputs: Any
     row: Any = 0
     x: int = 0
+    begin: int = 0
+    end: int | None = None
+
+    @property
+    def slots(self) -> Any:
+        """How many a tile takes."""
+        return slots(self.inputs if self.end is None else self.end - self.begin)
 
 
 @dataclass(frozen=True)
@@ -99,11 +127,13 @@ class Phase:
     """Products that need no meeting of the blocks between them, and what they read.
 
     Each x begins in shared memory behind the whole slots of the one before, and zeros follow it there: what a slot
-    holds behind the edge of its weight is left from another.
+    holds behind the edge of its weight is left from another. If it `goes_on`, the next phase has other inputs of the
+    same tiles: each block goes on with its own, and they need not meet.
     """
 
     x: Sequence[X]
     tiles: Sequence[Tiles]
+    goes_on: bool = False
 
 
 # Of a phase: its tiles, this block's first one of them, and how many it has.
@@ -113,19 +143,21 @@ Deal = list[tuple[Tiles, jax.Array, jax.Array]]
 class Stream:
     """A block's ring: `fill` runs in the warpgroup that copies, `multiply` in the other.
 
-    Both walk the same tiles in the same order, and count the slots that they have used.
+    Both walk the same tiles in the same order, and count the slots that they have used. `batch` is the rows of x.
     """
 
-    def __init__(self, block: jax.Array, blocks: int, slots: int, scratch: Sequence[Any], interpret: bool) -> None:
-        self._block, self._blocks, self._slots, self.interpret = block, blocks, slots, interpret
+    def __init__(
+        self, block: jax.Array, blocks: int, batch: int, slots: int, scratch: Sequence[Any], interpret: bool
+    ) -> None:
+        self._block, self._blocks, self._batch, self._slots, self.interpret = block, blocks, batch, slots, interpret
         self._ring, self._held, self._full, self._empty, self._together, self._ready = scratch
 
     @staticmethod
-    def scratch(slots: int, held: int, interpret: bool) -> list[Any]:
-        """What a block needs in shared memory."""
+    def scratch(slots: int, held: tuple[int, int], interpret: bool) -> list[Any]:
+        """What a block needs in shared memory; `held` is the shape of a phase's x."""
         return [
             plgpu.SMEM((slots, ROWS, SPAN), jnp.bfloat16),
-            plgpu.SMEM((held,), jnp.bfloat16),
+            plgpu.SMEM(held, jnp.bfloat16),
             plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32),
             plgpu.Barrier(num_barriers=slots),
             plgpu.Barrier(),
@@ -154,10 +186,12 @@ class Stream:
         shift, deals = jnp.int32(0), []
         for phase in phases:
             deals.append([])
+            behind = shift
             for tiles in phase.tiles:
-                first = lax.rem(self._block + (self._blocks - shift), self._blocks)
+                first = lax.rem(self._block + (self._blocks - behind), self._blocks)
                 deals[-1].append((tiles, first, share(tiles.count, first, self._blocks)))
-                shift = lax.rem(shift + tiles.count, self._blocks)
+                behind = lax.rem(behind + tiles.count, self._blocks)
+            shift = shift if phase.goes_on else behind
         return deals
 
     def _row(self, first: jax.Array, i: jax.Array) -> jax.Array:
@@ -173,10 +207,10 @@ class Stream:
                         row = self._row(first, i) + member.row
 
                         def copy(part: jax.Array, count: jax.Array, member: Any = member, row: Any = row) -> Any:
-                            fetch = partial(member.weight.fetch, row, part * SPAN, member.inputs)
+                            fetch = partial(member.weight.fetch, row, member.begin + part * SPAN, member.inputs)
                             return self.put(count, fetch)
 
-                        count = lax.fori_loop(0, slots(member.inputs), copy, count)
+                        count = lax.fori_loop(0, member.slots, copy, count)
                     return count
 
                 count = lax.fori_loop(0, mine, tile, count)
@@ -220,28 +254,53 @@ class Stream:
     def hold(self, layer: jax.Array, phase: Phase) -> None:
         """Put what a phase reads into shared memory, bfloat16. All threads have left the phase before."""
         place = 0
-        for x, values in [(x, self._read(layer, x)) for x in phase.x]:  # none waits for another
-            self._held.at[pl.ds(place, values.size)][...] = values
-            if rest := roomy(x.most) - values.size:
-                zeros = full(0.0, (rest,), strided(4), jnp.bfloat16)
-                self._held.at[pl.ds(place + values.size, rest)][...] = zeros
+        for x in phase.x:
+            if x.gain is None:
+                self._bring(x, place)
+            else:
+                self._norm(layer, x, place)
             place += roomy(x.most)
+        if not self.interpret:
+            ptx.brought()
         self.together()
 
-    @staticmethod
-    def _read(layer: jax.Array, x: X) -> jax.Array:
-        """x as bfloat16, and zeros behind its end."""
-        size = whole(x.most, SPAN if x.gain is None else NORMED)
-        layout = strided(8 if x.gain is None else 4)  # 16 bytes
-        values = load(x.ref.at[pl.ds(x.start, size)], layout)
-        gain = None if x.gain is None else load(x.gain.at[layer, pl.ds(0, size)], layout).astype(jnp.float32)
-        if not isinstance(x.width, int) or size > x.width:
-            inside = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) < x.width
-            values = jnp.where(inside, values, jnp.zeros((), values.dtype))
-        if gain is None:
-            return values
-        scale = lax.rsqrt(jnp.sum(values * values) / x.width + x.eps)
-        return (values * scale * gain).astype(jnp.bfloat16)
+    def _bring(self, x: X, place: int) -> None:
+        """Start to copy x to element `place` of what is held, and zeros behind its end."""
+
+        def row(i: jax.Array, _: None) -> None:
+            for part in range(0, roomy(x.most), SPAN):
+                left = x.width - part
+                if not self.interpret:
+                    ptx.bring(x.ref, i, x.start + part, left, self._held, place + part)
+                    continue
+                values = load(x.ref.at[i, pl.ds(x.start + part, SPAN)], strided(8))
+                inside = plgpu.broadcasted_iota(jnp.int32, (SPAN,), 0, layout=strided(8)) < left
+                zeros = jnp.zeros((), values.dtype)
+                self._held.at[i, pl.ds(place + part, SPAN)][...] = jnp.where(inside, values, zeros)
+
+        lax.fori_loop(0, self._batch, row, None)
+
+    def _norm(self, layer: jax.Array, x: X, place: int) -> None:
+        """The same of one that is to be normed: a warp has a row, or all have the one."""
+        size, several = whole(x.most, NORMED), self._batch > 1
+        layout = APIECE if several else strided(4)  # 16 bytes
+        gain = load(x.gain.at[layer, pl.ds(0, size)], layout.reduce((0,)) if several else layout).astype(jnp.float32)
+        for first in range(0, self._batch, 4):
+            rows = pl.ds(first, 4) if several else 0
+            values = load(x.ref.at[rows, pl.ds(x.start, size)], layout)
+            if size > x.width:
+                inside = plgpu.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1, layout=layout) < x.width
+                values = jnp.where(inside, values, 0.0)
+            scale = lax.rsqrt(jnp.sum(values * values, axis=-1) / x.width + x.eps)
+            if several:
+                scale = plgpu.layout_cast(lax.broadcast_in_dim(scale, values.shape, (0,)), layout)
+                gains = plgpu.layout_cast(lax.broadcast_in_dim(gain, values.shape, (1,)), layout)
+            else:
+                gains = gain
+            self._held.at[rows, pl.ds(place, size)][...] = (values * scale * gains).astype(jnp.bfloat16)
+            if rest := roomy(x.most) - size:
+                zeros = full(0.0, (*values.shape[:-1], rest), layout, jnp.bfloat16)
+                self._held.at[rows, pl.ds(place + size, rest)][...] = zeros
 
     def multiply(self, count: jax.Array, deal: Deal) -> jax.Array:
         """This block's tiles of a phase times the x that is held; the count behind them."""
@@ -252,7 +311,7 @@ class Stream:
                 early, sums = tiles.early(row), []
                 for member in tiles.members:
                     sums.append(self._product(count, member))
-                    count = count + slots(member.inputs)
+                    count = count + member.slots
                 tiles.store(row, sums, early)
                 return count
 
@@ -260,18 +319,20 @@ class Stream:
         return count
 
     def _product(self, count: jax.Array, member: Streamed) -> jax.Array:
-        """The sums (ROWS,) of a tile whose slots begin at `count`."""
+        """The sums of a tile whose slots begin at `count`: (BATCH, ROWS), or (ROWS,) of one row."""
+        rows = self._held.shape[0]
+        layouts = partial_sums(rows), TILE, inputs(rows)
 
         def add(part: jax.Array, sums: jax.Array) -> jax.Array:
             def read(slot: Any) -> tuple[jax.Array, jax.Array]:
-                return load(slot, TILE), load(self._held.at[pl.ds(member.x + part * SPAN, SPAN)], INPUTS)
+                return load(slot, TILE), load(columns(self._held, member.x + part * SPAN, SPAN), layouts[2])
 
             weights, x = self.take(count + part, read)
             if not self.interpret:
-                return ptx.multiply(sums, weights, x, (PARTIAL, TILE, INPUTS))
-            shape = (ROWS, SPAN // 128, 4, 32)  # the same as PTX does
-            pieces = weights.astype(jnp.float32).reshape(shape) * x.astype(jnp.float32).reshape(shape[1:])
-            return sums + pieces.sum((1, 3)).T
+                return ptx.multiply(sums, weights, x, layouts)
+            shape = (-1, SPAN // 128, 4, 32)  # the same as PTX does
+            pieces = (array.astype(jnp.float32).reshape(shape) for array in (weights, x))
+            return sums + jnp.einsum("nswi,bswi->wbn", *pieces).reshape(sums.shape)
 
-        sums = lax.fori_loop(0, slots(member.inputs), add, full(0.0, (4, ROWS), PARTIAL))
-        return jnp.sum(sums, axis=0)
+        shape = (4, ROWS) if rows == 1 else (4, BATCH, ROWS)
+        return jnp.sum(lax.fori_loop(0, member.slots, add, full(0.0, shape, layouts[0])), axis=0)
