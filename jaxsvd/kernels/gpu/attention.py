@@ -184,15 +184,16 @@ class Attention:
             index = self.block + i * self.blocks
             kv_head, split, begin, end = self.part(index)
             row, own = lax.div(kv_head, shape.kv_heads), lax.rem(kv_head, shape.kv_heads)  # its number in the row
+            # All is loaded and computed before anything is stored, so that nothing waits for something else.
             key, value = self.head(1, row, own), self.head(2, row, own)
+            asked = [[x * scale for x in self.head(0, row, own * group + g)] for g in range(group)]
+            products = [jnp.sum(query[0] * key[0] + query[1] * key[1], axis=0) for query in asked]
+            # Of the new token, with which the first part begins.
+            scores = [jnp.where(split == 0, product, flash.NOTHING) for product in products]
             pl.when(split == 0)(lambda: self.append(kv_head, self.position(kv_head), key, value))
-            scores = []  # of the new token, with which the first part begins
-            for g in range(group):
-                query = [x * scale for x in self.head(0, row, own * group + g)]
+            for g, query in enumerate(asked):
                 for start, x in zip((0, self.half), query, strict=True):
                     queries.at[g, pl.ds(start, self.half)][...] = x.astype(jnp.bfloat16)
-                score = jnp.sum(query[0] * key[0] + query[1] * key[1], axis=0)
-                scores.append(jnp.where(split == 0, score, flash.NOTHING))
             stream.together()
             rows = range(0, shape.together, HEADS)
             held = [load(queries.at[pl.ds(row, HEADS)], flash.QUERIES) for row in rows]
@@ -237,28 +238,33 @@ class Attention:
                 ref.at[:, heads][...] = x
         stream.together()
         warps = range(flash.WARPS)
+        found = []
         for g, score in enumerate(scores):
             each = [*(tops[warp, g] for warp in warps), score]
             greatest = reduce(jnp.maximum, each)
             *shrinks, new = [jnp.exp(top - greatest) for top in each]
             total = reduce(jnp.add, [shrink * totals[warp, g] for warp, shrink in enumerate(shrinks)], new)
-            if self.splits > 1:
-                self.partial[0][first + g, split] = greatest
-                self.partial[1][first + g, split] = total
+            halves = []
             for start, x in zip((0, self.half), value, strict=True):
-                half = pl.ds(start, self.half)
-                parts = [load(sides.at[warp, g, half], self.halves) * shrink for warp, shrink in enumerate(shrinks)]
-                mixed = reduce(jnp.add, parts, x * new)
-                if self.splits > 1:
-                    self.partial[2].at[first + g, split, half][...] = mixed
-                else:
-                    self.put(first + g, start, mixed / total)
+                at = [sides.at[warp, g, pl.ds(start, self.half)] for warp in warps]
+                parts = [load(part, self.halves) * shrink for part, shrink in zip(at, shrinks, strict=True)]
+                halves.append(reduce(jnp.add, parts, x * new))
+            found.append((greatest, total, halves))
+        for head, (greatest, total, halves) in enumerate(found):
+            if self.splits == 1:
+                self.put(first + head, [half / total for half in halves])
+                continue
+            for ref, number in zip(self.partial, (greatest, total), strict=False):
+                ref[first + head, split] = number
+            for start, half in zip((0, self.half), halves, strict=True):
+                self.partial[2].at[first + head, split, pl.ds(start, self.half)][...] = half
 
-    def put(self, head: jax.Array, start: int, mixed: jax.Array) -> None:
-        """The result of half a head, one of all rows', from its element `start` on."""
+    def put(self, head: jax.Array, halves: Sequence[jax.Array]) -> None:
+        """The result of a head, one of all rows'."""
         row, own = lax.div(head, self.shape.heads), lax.rem(head, self.shape.heads)
-        place = pl.ds(self.mixed + own * self.shape.head_dim + start, self.half)
-        self.vectors.at[row, place][...] = mixed.astype(jnp.bfloat16)
+        for start, half in zip((0, self.half), halves, strict=True):
+            place = pl.ds(self.mixed + own * self.shape.head_dim + start, self.half)
+            self.vectors.at[row, place][...] = half.astype(jnp.bfloat16)
 
     def combine(self) -> None:
         """Put the parts of each head together."""
@@ -267,15 +273,15 @@ class Attention:
         def item(i: jax.Array, _: None) -> None:
             head = self.block + i * self.blocks
             all_tops, all_totals, parts = self.partial
+            halves = [
+                [load(parts.at[head, split, pl.ds(start, self.half)], layout) for split in range(self.splits)]
+                for start in (0, self.half)
+            ]
             tops = [all_tops[head, split] for split in range(self.splits)]
             greatest = reduce(jnp.maximum, tops)
             weights = [jnp.exp(top - greatest) for top in tops]
             total = reduce(jnp.add, [weight * all_totals[head, split] for split, weight in enumerate(weights)])
-            for start in (0, self.half):
-                mixed = [
-                    load(parts.at[head, split, pl.ds(start, self.half)], layout) * weight
-                    for split, weight in enumerate(weights)
-                ]
-                self.put(head, start, reduce(jnp.add, mixed) / total)
+            mixed = [[part * weight for part, weight in zip(half, weights, strict=True)] for half in halves]
+            self.put(head, [reduce(jnp.add, half) / total for half in mixed])
 
         lax.fori_loop(0, self.mine(self.batch * self.shape.heads), item, None)

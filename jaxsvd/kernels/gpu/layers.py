@@ -26,7 +26,6 @@ from jaxsvd.kernels.gpu import ptx
 from jaxsvd.kernels.gpu.attention import Attention, splits
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load, table
 from jaxsvd.kernels.gpu.shape import (
-    NORMED,
     ROWS,
     SPAN,
     WIDEST,
@@ -36,9 +35,8 @@ from jaxsvd.kernels.gpu.shape import (
     height,
     ring,
     roomy,
-    whole,
 )
-from jaxsvd.kernels.gpu.stream import SCRATCH, Phase, Stream, Streamed, Tiles, X, columns, sums
+from jaxsvd.kernels.gpu.stream import SCRATCH, Norm, Phase, Stream, Streamed, Tiles, X, columns, squares, sums
 
 
 def gate(g: jax.Array, u: jax.Array) -> jax.Array:
@@ -46,38 +44,42 @@ def gate(g: jax.Array, u: jax.Array) -> jax.Array:
     return g / (1.0 + jnp.exp(-g)) * u
 
 
+@dataclass(frozen=True)
+class Buffers:
+    """What the blocks tell each other by, in global memory, with a row each, or `height` of several."""
+
+    residual: Any  # the residual stream, float32
+    normed: Any  # the same times the weights of the next norm, bfloat16
+    squares: Any  # see `stream.Norm`
+    vectors: Any  # everything else, bfloat16
+    unfinished: Any  # the sums of products that go in pieces, float32
+
+
 @dataclass
 class Products:
     """The products of a layer, in order: those `before` attention, and those `behind` it.
 
-    x and `middle`, float32, are the residual stream before and after attention. Everything else lies in `vectors`,
-    bfloat16, `size` elements: q, k and v at `heads`, what attention gives at `mixed`. All of them, and `unfinished`,
-    float32, for the sums of products that go in pieces, have a row, or `height` of several. References and weights may
-    be None where only sizes are asked for.
+    Of the vectors, `size` elements, q, k and v are at `heads`, and what attention gives at `mixed`. Buffers, weights
+    and norms may be None where only sizes are asked for.
     """
 
     shape: LayerShape  # of this layer
+    layer: Any
+    layers: int
     weights: Sequence[Sequence[Any]]
-    norms: Sequence[Any]
-    x: Any
-    middle: Any
-    vectors: Any
-    unfinished: Any
+    norms: Sequence[Any]  # their weights, (layers, hidden) each
+    buffers: Buffers
     height: int
     size: int = 0
 
     def __post_init__(self) -> None:
         shape, (qkv, o, gate_up, down) = self.shape, self.weights
         self.mixed, inner = self._take(shape.o.inputs), self._take(shape.down.inputs)
-        before, behind = (
-            X(ref, 0, shape.qkv.inputs, shape.qkv.inputs, gain, shape.eps)
-            for ref, gain in zip((self.x, self.middle), self.norms, strict=True)
-        )
-        self.before, self.heads = self._project(shape.qkv, qkv, before)
+        self.before, self.heads = self._project(shape.qkv, qkv)
         self.behind = [
-            *self._add(shape.o, o, self.mixed, self.x, self.middle),
-            *self._gate(shape.gate_up, gate_up, behind, inner),
-            *self._add(shape.down, down, inner, self.middle, self.x),
+            *self._add(shape.o, o, self.mixed, 1, self.layer),
+            *self._gate(shape.gate_up, gate_up, inner),
+            *self._add(shape.down, down, inner, 0, self.layer + 1),
         ]
 
     @property
@@ -98,42 +100,53 @@ class Products:
         """Products whose results go to `vectors` from element `start` on."""
 
         def store(row: jax.Array, sums: list[jax.Array], _: Any) -> None:
-            columns(self.vectors, start + row, ROWS)[...] = sums[0].astype(jnp.bfloat16)
+            columns(self.buffers.vectors, start + row, ROWS)[...] = sums[0].astype(jnp.bfloat16)
 
         return Tiles(rows, members, store)
 
-    def _pieces(self, x: X, tiles: Tiles) -> list[Phase]:
+    @property
+    def _normed(self) -> tuple[X, Norm]:
+        """What the first product behind a norm reads."""
+        width = self.shape.qkv.inputs
+        return X(self.buffers.normed, 0, width, width), Norm(self.buffers.squares, width, self.shape.eps)
+
+    def _pieces(self, x: X, tiles: Tiles, norm: Norm | None = None) -> list[Phase]:
         """The phases of a product: several if x is of several rows and too wide, of which each adds to the one before.
 
-        A block has the same tiles in all of them, so what is `unfinished` is read by who has stored it.
+        A block has the same tiles in all of them, so what is unfinished is read by who has stored it.
         """
-        if self.height == 1 or x.gain is not None or x.width <= WIDEST:
-            return [Phase([x], [tiles])]
-        (member,), phases = tiles.members, []
+        if self.height == 1 or x.width <= WIDEST:
+            return [Phase([x], [tiles], norm)]
+        members, phases = tiles.members, []
+
+        def unfinished(row: jax.Array) -> list[Any]:
+            return [columns(self.buffers.unfinished, member.row + row, ROWS) for member in members]
+
         for begin in range(0, x.width, WIDEST):
             end = min(begin + WIDEST, x.width)
             goes_on = end < x.width
 
             def early(row: jax.Array, begin: int = begin, goes_on: bool = goes_on) -> tuple[Any, Any]:
-                before = load(columns(self.unfinished, row, ROWS), self.layout) if begin else 0.0
+                before = [load(ref, self.layout) if begin else 0.0 for ref in unfinished(row)]
                 return before, None if goes_on else tiles.early(row)
 
             def store(row: jax.Array, sums: list[jax.Array], early: tuple[Any, Any], goes_on: bool = goes_on) -> None:
-                total = sums[0] + early[0]
-                if goes_on:
-                    columns(self.unfinished, row, ROWS)[...] = total
-                else:
-                    tiles.store(row, [total], early[1])
+                totals = [new + before for new, before in zip(sums, early[0], strict=True)]
+                if not goes_on:
+                    tiles.store(row, totals, early[1])
+                    return
+                for ref, total in zip(unfinished(row), totals, strict=True):
+                    ref[...] = total
 
             piece = replace(x, start=x.start + begin, width=end - begin, most=end - begin)
-            part = Tiles(tiles.rows, [replace(member, begin=begin, end=end)], store, early)
-            phases.append(Phase([piece], [part], goes_on))
+            parts = [replace(member, begin=begin, end=end) for member in members]
+            phases.append(Phase([piece], [Tiles(tiles.rows, parts, store, early)], norm, goes_on))
         return phases
 
-    def _first(self, group: Group, weight: Any, x: X) -> tuple[list[Phase], list[Any]]:
+    def _first(self, group: Group, weight: Any, x: X, norm: Norm | None = None) -> tuple[list[Phase], list[Any]]:
         """The product that serves a whole group, and where each member's result begins."""
         strip = self._take(sum(group.most))
-        phases = self._pieces(x, self._tiles(sum(group.widths), [Streamed(weight, group.inputs)], strip))
+        phases = self._pieces(x, self._tiles(sum(group.widths), [Streamed(weight, group.inputs)], strip), norm)
         return phases, [strip + start for start in group.starts]
 
     def _second(self, group: Group, weights: Sequence[Any], places: Sequence[Any]) -> tuple[list[X], list[Streamed]]:
@@ -142,24 +155,24 @@ class Products:
         for weight, i in zip(weights, group.low_rank, strict=True):
             members.append(Streamed(weight, group.ranks[i], 0, at))
             at += roomy(group.deepest[i])
-        return [X(self.vectors, places[i], group.ranks[i], group.deepest[i]) for i in group.low_rank], members
+        return [X(self.buffers.vectors, places[i], group.ranks[i], group.deepest[i]) for i in group.low_rank], members
 
     def _passed(self, group: Group, places: Sequence[Any], row: jax.Array) -> dict[int, jax.Array]:
         """What the first product gave of members that are dense, here or in other layers."""
-        parts = {i: load(columns(self.vectors, places[i] + row, ROWS), self.layout) for i in group.dense}
-        return {i: part.astype(jnp.float32) for i, part in parts.items()}
+        return {i: load(columns(self.buffers.vectors, places[i] + row, ROWS), self.layout) for i in group.dense}
 
     def _results(self, group: Group, sums: Sequence[jax.Array], passed: dict[int, jax.Array]) -> list[jax.Array]:
         """The result of each member: its sums, or what was passed on where it is dense."""
+        passed = {i: part.astype(jnp.float32) for i, part in passed.items()}  # not before: it waits for the load
         given = passed | dict(zip(group.low_rank, sums, strict=True))
         for i in set(passed) & set(group.low_rank):
             numbers = plgpu.broadcasted_iota(jnp.int32, given[i].shape, 0, layout=self.layout)
             given[i] = jnp.where(numbers >= group.ranks[i], passed[i], given[i])  # all, or none
         return [given[i] for i in range(len(group.ranks))]
 
-    def _project(self, group: Group, weights: Sequence[Any], x: X) -> tuple[list[Phase], list[Any]]:
-        """The phases of a group, and where each member's result begins."""
-        phases, places = self._first(group, weights[0], x)
+    def _project(self, group: Group, weights: Sequence[Any]) -> tuple[list[Phase], list[Any]]:
+        """The phases of a group behind a norm, and where each member's result begins."""
+        phases, places = self._first(group, weights[0], *self._normed)
         strips, members = self._second(group, weights[1:], places)
         tiles = []
         for i, member in zip(group.low_rank, members, strict=True):
@@ -168,16 +181,31 @@ class Products:
             places[i] = group.unless_dense(i, result, places[i])
         return [*phases, *([Phase(strips, tiles)] if tiles else [])], places
 
-    def _add(self, group: Group, weights: Sequence[Any], source: int, residual: Any, target: Any) -> list[Phase]:
-        """The phases of a lone matrix, whose result is added to the residual stream."""
+    def _add(self, group: Group, weights: Sequence[Any], source: int, norm: int, layer: Any) -> list[Phase]:
+        """The phases of a lone matrix, whose result is added to the residual stream.
 
-        def held(row: jax.Array) -> jax.Array:
-            return load(columns(residual, row, ROWS), self.layout)
+        Which norm follows, and in which layer. What depends on it is for nothing behind the last layer.
+        """
+        several, buffers = self.height > 1, self.buffers
 
-        def add(row: jax.Array, more: jax.Array, held: jax.Array) -> None:
-            columns(target, row, ROWS)[...] = held + more
+        def held(row: jax.Array) -> tuple[jax.Array, jax.Array]:
+            place = jnp.minimum(layer, self.layers - 1), pl.ds(row, ROWS)
+            gain = load(self.norms[norm].at[place], self.layout.reduce((0,)) if several else self.layout)
+            return load(columns(buffers.residual, row, ROWS), self.layout), gain
 
-        x = X(self.vectors, source, group.inputs, group.inputs)
+        def add(row: jax.Array, more: jax.Array, held: tuple[jax.Array, jax.Array]) -> None:
+            total, gain = held[0] + more, held[1].astype(jnp.float32)
+            if several:
+                gain = plgpu.layout_cast(lax.broadcast_in_dim(gain, total.shape, (1,)), self.layout)
+            columns(buffers.residual, row, ROWS)[...] = total
+            columns(buffers.normed, row, ROWS)[...] = (total * gain).astype(jnp.bfloat16)
+            square, tile = jnp.sum(total * total, axis=-1), lax.div(row, ROWS)
+            if several:
+                buffers.squares.at[pl.ds(0, self.height), tile][...] = square
+            else:
+                buffers.squares[0, tile] = square
+
+        x = X(buffers.vectors, source, group.inputs, group.inputs)
         if not group.low_rank:
             lone = Streamed(weights[0], group.inputs)
             tiles = Tiles(group.outputs[0], [lone], lambda row, sums, held: add(row, sums[0], held), held)
@@ -185,24 +213,25 @@ class Products:
         phases, places = self._first(group, weights[0], x)
         strips, members = self._second(group, weights[1:], places)
 
-        def early(row: jax.Array) -> tuple[jax.Array, dict[int, jax.Array]]:
+        def early(row: jax.Array) -> tuple[Any, dict[int, jax.Array]]:
             return held(row), self._passed(group, places, row)
 
-        def store(row: jax.Array, sums: list[jax.Array], given: tuple[jax.Array, dict[int, jax.Array]]) -> None:
+        def store(row: jax.Array, sums: list[jax.Array], given: tuple[Any, dict[int, jax.Array]]) -> None:
             add(row, self._results(group, sums, given[1])[0], given[0])
 
         return [*phases, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
 
-    def _gate(self, group: Group, weights: Sequence[Any], x: X, target: int) -> list[Phase]:
+    def _gate(self, group: Group, weights: Sequence[Any], target: int) -> list[Phase]:
         """The phases of gate and up, whose tiles go in pairs."""
+        x, norm = self._normed
 
         def put(row: jax.Array, pair: Sequence[jax.Array]) -> None:
-            columns(self.vectors, target + row, ROWS)[...] = gate(*pair).astype(jnp.bfloat16)
+            columns(self.buffers.vectors, target + row, ROWS)[...] = gate(*pair).astype(jnp.bfloat16)
 
         if not group.low_rank:
             members = [Streamed(weights[0], group.inputs, start) for start in group.starts]
-            return [Phase([x], [Tiles(group.outputs[0], members, lambda row, sums, _: put(row, sums))])]
-        phases, places = self._first(group, weights[0], x)
+            return self._pieces(x, Tiles(group.outputs[0], members, lambda row, sums, _: put(row, sums)), norm)
+        phases, places = self._first(group, weights[0], x, norm)
         strips, members = self._second(group, weights[1:], places)
 
         def early(row: jax.Array) -> dict[int, jax.Array]:
@@ -247,7 +276,8 @@ def make_layers(
     shape, layers = all_shapes[0], len(shapes)
     hidden, rows = shape.qkv.inputs, height(batch)
     counts = [1 + len(group.low_rank) for group in shape.groups]
-    sizes = Products(shape, [[None] * count for count in counts], (None, None), *[None] * 4, rows)
+    nothing = [[None] * count for count in counts], (None, None), Buffers(*[None] * 5)
+    sizes = Products(shape, 0, layers, *nothing, rows)
     parted = splits(batch * shape.kv_heads) > 1  # whether the cache of a head is, and must be put together
     meetings = sum(not phase.goes_on for phase in sizes.phases) + 1 + parted  # of a layer
     matrices = sum(counts)  # of a layer
@@ -261,9 +291,10 @@ def make_layers(
         head_norms = [next(take) for _ in range(2 if shape.head_norms else 0)]
         ranked = None if ranks is None else next(take)
         weights = [[next(take) for _ in range(layers)] for _ in range(matrices)]
-        x, counter = (next(take) for _ in range(2))
+        counter = next(take)
         caches = [[next(take) for _ in range(layers)] for _ in range(2)]
-        middle, vectors, unfinished, *partial = (next(take) for _ in range(6))
+        buffers = Buffers(*(next(take) for _ in range(5)))
+        partial = [next(take) for _ in range(3)]
         tables = [None, None] if interpret else [next(take) for _ in range(2)]
         warps = [next(take) for _ in range(4)]
         block = lax.axis_index("block")
@@ -274,14 +305,14 @@ def make_layers(
             arrays = (PerLayer(refs, layer, tables[0], i * layers) for i, refs in enumerate(weights))
             groups = [list(islice(arrays, count)) for count in counts]
             given = shape if ranked is None else shape.of([ranked[layer, i] for i in range(len(shape.ranks))])
-            return Products(given, groups, norms, x, middle, vectors, unfinished, rows)
+            return Products(given, layer, layers, groups, norms, buffers, rows)
 
         def attention_of(layer: jax.Array) -> Attention:
             products = of(layer)
             cached = [PerLayer(refs, layer, tables[1], i * layers) for i, refs in enumerate(caches)]
             return Attention(
                 *(shape, layer, block, blocks, batch, positions, angles, head_norms, cached),
-                *(vectors, products.heads, products.mixed),
+                *(buffers.vectors, products.heads, products.mixed),
                 partial,
                 warps,
             )
@@ -302,8 +333,8 @@ def make_layers(
                     if parted:
                         attention.combine()
                         meet()
-                stream.hold(layer, phase)
-                count = stream.multiply(count, deal)
+                stream.hold(phase)
+                count = stream.multiply(layer * len(phases) + number, count, phase, deal)
                 stream.together() if phase.goes_on else meet()
             return count
 
@@ -333,9 +364,8 @@ def make_layers(
     kernel = plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((rows, roomy(hidden)), jnp.float32),
             jax.ShapeDtypeStruct((rows, roomy(sizes.size) + SPAN), jnp.bfloat16),
-            jax.ShapeDtypeStruct((rows, max(sum(group.most) for group in (shape.o, shape.down))), jnp.float32),
+            jax.ShapeDtypeStruct((rows, max(sum(group.most) for group in shape.groups)), jnp.float32),
             *(jax.ShapeDtypeStruct(size, jnp.float32) for size in Attention.partials(shape, batch)),
         ],
         scratch_types=[*tables, *Attention.scratch(shape), *Stream.scratch(slots, shape.held(batch), bool(interpret))],
@@ -365,10 +395,12 @@ def make_layers(
     ) -> jax.Array:
         """See `make_layers`."""
         before, behind, *head_norms = norms
-        if odd := whole(hidden, NORMED) - hidden:  # not where it need not be: it is done in every step
-            before, behind = (jnp.pad(gain, ((0, 0), (0, odd))) for gain in (before, behind))
-        room = (0, rows - batch), (0, roomy(hidden) - hidden)
-        residual = jax.new_ref(jnp.pad(x.astype(jnp.float32), room))
+        x = jnp.pad(x.astype(jnp.float32), ((0, rows - batch), (0, 0)))
+        normed = jnp.pad(
+            (x * before[0].astype(jnp.float32)).astype(jnp.bfloat16), ((0, 0), (0, roomy(hidden) - hidden))
+        )
+        parts = jnp.pad(jnp.sum(x * x, axis=1, keepdims=True), ((0, 0), (0, squares(hidden) - 1)))
+        residual, *others = (jax.new_ref(buffer) for buffer in (x, normed, parts))
         counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
         # A position behind the end is clamped, as XLA's dynamic slices are.
         positions = jnp.minimum(positions, keys[0].shape[1] - 1)
@@ -376,7 +408,7 @@ def make_layers(
         weights = [array for one in zip(*complete, strict=True) for array in one]
         ranked = [] if ranks is None else [jnp.asarray(ranks)]
         vectors = positions, cosines, sines, before, behind, *head_norms, *ranked
-        kernel(*vectors, *weights, residual, counter, *keys, *values)
-        return residual[...][:batch, :hidden]
+        kernel(*vectors, *weights, counter, *keys, *values, residual, *others)
+        return residual[...][:batch]
 
     return call

@@ -175,15 +175,15 @@ def _barrier(barriers: Any, slot: Any) -> Any:
     return utils.BarrierRef(utils.memref_ptr(barriers), slot.registers.item(), None, 1)  # type: ignore[arg-type] (no phases)
 
 
-def prepare(barriers: Any) -> None:
-    """Make them barriers: for one warpgroup, before any other uses them."""
+def prepare(barriers: Any, arrivals: int) -> None:
+    """Make them barriers for so many arrivals: for one warpgroup, before any other uses them."""
 
     def run(_: Any, barriers: Any) -> None:
         i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
         start = utils.memref_ptr(barriers)
         with utils.when(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)):
             for i in range(ir.MemRefType(barriers.type).shape[0]):
-                nvvm.mbarrier_init(utils.getelementptr(start, [i], i64), arith.constant(i32, 1))
+                nvvm.mbarrier_init(utils.getelementptr(start, [i], i64), arith.constant(i32, arrivals))
             nvvm.fence_mbarrier_init()
         utils.warpgroup_barrier()
 
@@ -306,7 +306,23 @@ def bring(source: Any, row: jax.Array, start: Any, left: Any, target: Any, place
     inline((plgpu.RefType(),) * 2 + (NUMBER,) * 3, run, source, target, *numbers)
 
 
-def brought() -> None:
+def brought(barriers: Any, number: int) -> None:
+    """End the phase of a barrier as soon as all copies are there that a warpgroup has begun by `bring`."""
+
+    def run(_: Any, barriers: Any) -> None:
+        i64 = ir.IntegerType.get_signless(64)
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [_shared(utils.getelementptr(utils.memref_ptr(barriers), [number], i64))],
+            "cp.async.mbarrier.arrive.noinc.shared.b64 [$0];",
+            "r,~{memory}",
+            has_side_effects=True,
+        )
+
+    inline((plgpu.RefType(),), run, barriers)
+
+
+def settle() -> None:
     """Wait for all copies that this thread has begun by `bring`."""
 
     def run(_: Any) -> None:

@@ -12,7 +12,6 @@ BATCH = 8  # rows of x that it takes at most: half of its m
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
 WIDEST = 4096  # inputs that are held of several rows of x: wider products go in pieces
 APART = 32  # elements between rows of x in shared memory, lest all begin in the same bank
-NORMED = 512  # elements that a norm reads at once, of x and of its weights
 TOKENS = 32  # of the cache that a block attends to at once: keys and values of heads of 128 fill a slot
 HEADS = 8  # of queries that do so at once: the rows of mma that are used
 UNIT = 16  # widths are whole ones: 32 bytes, where copies and loads may begin
@@ -82,13 +81,9 @@ class Group:
         """The members that have a second product, in some layer at least."""
         return [i for i, rank in enumerate(self.ranks) if rank is not None]
 
-    def held(self, pieces: bool) -> int:
-        """The elements in shared memory of a row of what its products read: the x of the first, or of the second ones.
-
-        With `pieces` of the former no more than WIDEST at once.
-        """
-        first = min(self.inputs, WIDEST) if pieces else self.inputs
-        return max(roomy(first), sum(roomy(self.deepest[i]) for i in self.low_rank))
+    def held(self, widest: int) -> int:
+        """The elements in shared memory of a row of what its products read: x, or `widest` of it, or what V read."""
+        return max(roomy(min(self.inputs, widest)), sum(roomy(self.deepest[i]) for i in self.low_rank))
 
 
 @dataclass(frozen=True)
@@ -133,10 +128,10 @@ class LayerShape:
         return sum(1 + len(group.low_rank) for group in self.groups) + 2
 
     def held(self, batch: int) -> tuple[int, int]:
-        """The shape of a phase's x in shared memory, at most. Where a norm goes before, x is there as a whole."""
-        normed, plain = (self.qkv, self.gate_up), (self.o, self.down)
-        widest = max(group.held(batch > 1 and one is plain) for one in (normed, plain) for group in one)
-        return height(batch), widest + (APART if batch > 1 else 0)
+        """The shape of a phase's x in shared memory, at most."""
+        if batch == 1:
+            return 1, max(group.held(group.inputs) for group in self.groups)
+        return height(batch), max(group.held(WIDEST) for group in self.groups) + APART
 
     @property
     def together(self) -> int:

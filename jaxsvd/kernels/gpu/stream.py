@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import ptx
 from jaxsvd.kernels.gpu.perlayer import load
-from jaxsvd.kernels.gpu.shape import BATCH, NORMED, ROWS, SPAN, roomy, slots, whole
+from jaxsvd.kernels.gpu.shape import BATCH, ROWS, SPAN, roomy, slots, whole
 
 SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add up
 
@@ -47,6 +47,11 @@ def sums(height: int) -> Any:
     return partial_sums(height).reduce((0,))
 
 
+def squares(width: int) -> int:
+    """How many numbers tell of the squares of a row: one for each tile that gives a part of it, and zeros."""
+    return whole(width // ROWS, 128)
+
+
 def columns(ref: Any, start: Any, size: int) -> Any:
     """The same elements of all rows of a buffer: (BATCH, size), or (size,) of one row."""
     return ref.at[0 if ref.shape[0] == 1 else pl.ds(0, BATCH), pl.ds(start, size)]
@@ -70,18 +75,27 @@ def strided(vector: int) -> Any:
 
 @dataclass(frozen=True)
 class X:
-    """Something that products read: elements [start, start + width) of each row, with RMSNorm where there is a `gain`.
+    """Something that products read: elements [start, start + width) of each row of `ref` (1 or BATCH, n), bfloat16.
 
-    `ref` (1 or BATCH, n) is bfloat16 without a norm and float32 with one. It is read in whole slots there, here NORMED
-    elements at a time, as `gain` is. Where the width is known at run time only, it is at most `most`.
+    Where the width is known at run time only, it is at most `most`.
     """
 
     ref: Any
     start: Any
     width: Any
     most: int
-    gain: Any = None
-    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm of what products read, but for its weights, which x has been multiplied with: the sums are scaled.
+
+    `squares` (1 or BATCH, n) float32 add up to those of the `width` elements of each row: see `squares`.
+    """
+
+    squares: Any
+    width: int
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,7 @@ class Phase:
 
     x: Sequence[X]
     tiles: Sequence[Tiles]
+    norm: Norm | None = None
     goes_on: bool = False
 
 
@@ -150,7 +165,8 @@ class Stream:
         self, block: jax.Array, blocks: int, batch: int, slots: int, scratch: Sequence[Any], interpret: bool
     ) -> None:
         self._block, self._blocks, self._batch, self._slots, self.interpret = block, blocks, batch, slots, interpret
-        self._ring, self._held, self._full, self._empty, self._together, self._ready = scratch
+        self._ring, self._held, self._scales, self._full, self._empty, self._together, self._ready, *more = scratch
+        self._arrived = more[0] if more else None
 
     @staticmethod
     def scratch(slots: int, held: tuple[int, int], interpret: bool) -> list[Any]:
@@ -158,16 +174,19 @@ class Stream:
         return [
             plgpu.SMEM((slots, ROWS, SPAN), jnp.bfloat16),
             plgpu.SMEM(held, jnp.bfloat16),
+            plgpu.SMEM(held[:1], jnp.float32),
             plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32),
             plgpu.Barrier(num_barriers=slots),
             plgpu.Barrier(),
             plgpu.Barrier(),
+            *([] if interpret else [plgpu.SMEM((held[1] // SPAN, 2), jnp.int32)]),
         ]
 
     def open(self) -> None:
         """Before `fill`: a ring of zeros, as what is behind the edge of a weight is multiplied, if only with zeros."""
         if not self.interpret:
-            ptx.prepare(self._full)
+            ptx.prepare(self._full, 1)
+            ptx.prepare(self._arrived, 128)
             layout = plgpu.Layout.WG_STRIDED((ROWS, SPAN), 8)
             for slot in range(self._slots):
                 self._ring.at[slot][...] = full(0.0, (ROWS, SPAN), layout, jnp.bfloat16)
@@ -251,58 +270,63 @@ class Stream:
 
         lax.fori_loop(jnp.maximum(count - self._slots, 0), count, wait, None)
 
-    def hold(self, layer: jax.Array, phase: Phase) -> None:
-        """Put what a phase reads into shared memory, bfloat16. All threads have left the phase before."""
+    def hold(self, phase: Phase) -> None:
+        """Bring what a phase reads to shared memory, bfloat16, a slot's inputs after the other: see `_await`.
+
+        All threads have left the phase before.
+        """
+        if not self.interpret:
+            ptx.settle()  # a block without a tile has not waited
         place = 0
         for x in phase.x:
-            if x.gain is None:
-                self._bring(x, place)
-            else:
-                self._norm(layer, x, place)
-            place += roomy(x.most)
+            for part in range(0, roomy(x.most), SPAN):
+                self._bring(x, part, place)
+                place += SPAN
         if not self.interpret:
-            ptx.brought()
-        self.together()
+            for unused in range(place // SPAN, self._arrived.shape[0]):
+                ptx.brought(self._arrived, unused)
+        if phase.norm:
+            self._scale(phase.norm)
+        if phase.norm or self.interpret:
+            self.together()
 
-    def _bring(self, x: X, place: int) -> None:
-        """Start to copy x to element `place` of what is held, and zeros behind its end."""
+    def _bring(self, x: X, part: int, place: int) -> None:
+        """Start to copy the elements of x from `part` on to `place` of what is held, and zeros behind its end."""
+        left = x.width - part
 
         def row(i: jax.Array, _: None) -> None:
-            for part in range(0, roomy(x.most), SPAN):
-                left = x.width - part
-                if not self.interpret:
-                    ptx.bring(x.ref, i, x.start + part, left, self._held, place + part)
-                    continue
-                values = load(x.ref.at[i, pl.ds(x.start + part, SPAN)], strided(8))
-                inside = plgpu.broadcasted_iota(jnp.int32, (SPAN,), 0, layout=strided(8)) < left
-                zeros = jnp.zeros((), values.dtype)
-                self._held.at[i, pl.ds(place + part, SPAN)][...] = jnp.where(inside, values, zeros)
+            if not self.interpret:
+                ptx.bring(x.ref, i, x.start + part, left, self._held, place)
+                return
+            values = load(x.ref.at[i, pl.ds(x.start + part, SPAN)], strided(8))
+            inside = plgpu.broadcasted_iota(jnp.int32, (SPAN,), 0, layout=strided(8)) < left
+            self._held.at[i, pl.ds(place, SPAN)][...] = jnp.where(inside, values, jnp.zeros((), values.dtype))
 
         lax.fori_loop(0, self._batch, row, None)
+        if not self.interpret:
+            ptx.brought(self._arrived, place // SPAN)
 
-    def _norm(self, layer: jax.Array, x: X, place: int) -> None:
-        """The same of one that is to be normed: a warp has a row, or all have the one."""
-        size, several = whole(x.most, NORMED), self._batch > 1
-        layout = APIECE if several else strided(4)  # 16 bytes
-        gain = load(x.gain.at[layer, pl.ds(0, size)], layout.reduce((0,)) if several else layout).astype(jnp.float32)
+    def _scale(self, norm: Norm) -> None:
+        """Put the scales of all rows into shared memory: a warp has a row, or all have the one."""
+        several, size = self._batch > 1, norm.squares.shape[1]
         for first in range(0, self._batch, 4):
             rows = pl.ds(first, 4) if several else 0
-            values = load(x.ref.at[rows, pl.ds(x.start, size)], layout)
-            if size > x.width:
-                inside = plgpu.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1, layout=layout) < x.width
-                values = jnp.where(inside, values, 0.0)
-            scale = lax.rsqrt(jnp.sum(values * values, axis=-1) / x.width + x.eps)
+            each = load(norm.squares.at[rows, pl.ds(0, size)], APIECE if several else APIECE.reduce((0,)))
+            scale = lax.rsqrt(jnp.sum(each, axis=-1) / norm.width + norm.eps)
             if several:
-                scale = plgpu.layout_cast(lax.broadcast_in_dim(scale, values.shape, (0,)), layout)
-                gains = plgpu.layout_cast(lax.broadcast_in_dim(gain, values.shape, (1,)), layout)
+                self._scales.at[rows][...] = scale
             else:
-                gains = gain
-            self._held.at[rows, pl.ds(place, size)][...] = (values * scale * gains).astype(jnp.bfloat16)
-            if rest := roomy(x.most) - size:
-                zeros = full(0.0, (*values.shape[:-1], rest), layout, jnp.bfloat16)
-                self._held.at[rows, pl.ds(place + size, rest)][...] = zeros
+                self._scales[0] = scale
 
-    def multiply(self, count: jax.Array, deal: Deal) -> jax.Array:
+    def _scaled(self, sums: jax.Array) -> jax.Array:
+        """The sums of a tile times the scales of their rows."""
+        if self._batch == 1:
+            return sums * self._scales[0]
+        layout = PARTIAL.reduce((0,))
+        scales = lax.broadcast_in_dim(load(self._scales, layout.reduce((1,))), sums.shape, (0,))
+        return sums * plgpu.layout_cast(scales, layout)
+
+    def multiply(self, number: jax.Array, count: jax.Array, phase: Phase, deal: Deal) -> jax.Array:
         """This block's tiles of a phase times the x that is held; the count behind them."""
         for tiles, first, mine in deal:
 
@@ -310,20 +334,25 @@ class Stream:
                 row = self._row(first, i)
                 early, sums = tiles.early(row), []
                 for member in tiles.members:
-                    sums.append(self._product(count, member))
+                    sums.append(self._product(count, member, i == 0, number))
                     count = count + member.slots
-                tiles.store(row, sums, early)
+                tiles.store(row, list(map(self._scaled, sums)) if phase.norm else sums, early)
                 return count
 
             count = lax.fori_loop(0, mine, tile, count)
         return count
 
-    def _product(self, count: jax.Array, member: Streamed) -> jax.Array:
+    def _product(self, count: jax.Array, member: Streamed, first: jax.Array, number: jax.Array) -> jax.Array:
         """The sums of a tile whose slots begin at `count`: (BATCH, ROWS), or (ROWS,) of one row."""
         rows = self._held.shape[0]
         layouts = partial_sums(rows), TILE, inputs(rows)
 
         def add(part: jax.Array, sums: jax.Array) -> jax.Array:
+            @pl.when(first)
+            def arrival() -> None:
+                if not self.interpret:
+                    ptx.wait(self._arrived, member.x // SPAN + part, lax.rem(number, 2))
+
             def read(slot: Any) -> tuple[jax.Array, jax.Array]:
                 return load(slot, TILE), load(columns(self._held, member.x + part * SPAN, SPAN), layouts[2])
 
