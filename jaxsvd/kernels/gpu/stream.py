@@ -283,7 +283,7 @@ class Stream:
                 self._bring(x, part, place)
                 place += SPAN
         if not self.interpret:
-            for unused in range(place // SPAN, self._arrived.shape[0]):
+            for unused in range(place // SPAN, self._held.shape[1] // SPAN):
                 ptx.brought(self._arrived, unused)
         if phase.norm:
             self._scale(phase.norm)
