@@ -10,7 +10,6 @@ as the last line.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,37 +33,54 @@ PROMPTS = [
 ]
 
 
-def greedy(engine: Engine, prompts: Sequence[list[int]], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest tokens (rows, count), and the logits (rows, count, vocab) that they are chosen from."""
-    logits = np.stack(list(engine.follow(prompts, count, lambda _, logits: logits.argmax(-1))), axis=1)
+Batches = Sequence[Sequence[list[int]]]
+
+
+def greedy(engine: Engine, batches: Batches, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest tokens (prompts, count), and the logits (prompts, count, vocab) that they are chosen from."""
+    found = [np.stack(list(engine.follow(rows, count, lambda _, one: one.argmax(-1))), axis=1) for rows in batches]
+    logits = np.concatenate(found)
     return logits.argmax(-1), logits
 
 
-def forced(engine: Engine, prompts: Sequence[list[int]], text: np.ndarray) -> np.ndarray:
-    """The logits (rows, tokens, vocab) that a text's tokens were to be chosen from."""
-    return np.stack(list(engine.follow(prompts, text.shape[1], lambda i, _: text[:, i])), axis=1)
+def forced(engine: Engine, batches: Batches, text: np.ndarray) -> np.ndarray:
+    """The logits (prompts, tokens, vocab) that a text's tokens were to be chosen from."""
+    left, found = iter(text), []
+    for rows in batches:
+        own = np.stack([next(left) for _ in rows])
+        found.append(np.stack(list(engine.follow(rows, text.shape[1], lambda i, _, own=own: own[:, i])), axis=1))
+    return np.concatenate(found)
+
+
+def exactly(engine: Engine, prompts: Sequence[list[int]], text: np.ndarray) -> np.ndarray:
+    """The same, all tokens at once."""
+    rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, text.tolist(), strict=True)]
+    starts = [len(prompt) - 1 for prompt in prompts]
+    logits = engine.logits(rows)
+    return np.stack([one[start : start + text.shape[1]] for one, start in zip(logits, starts, strict=True)])
 
 
 def distance(actual: np.ndarray, expected: np.ndarray) -> float:
     """Relative, of the decoded tokens: a prompt's last one is XLA's in all."""
-    return float(np.linalg.norm(actual[:, 1:] - expected[:, 1:]) / np.linalg.norm(expected[:, 1:]))
+    return float(np.linalg.norm(actual[..., 1:, :] - expected[..., 1:, :]) / np.linalg.norm(expected[..., 1:, :]))
 
 
-def compare(exact: Engine, plain: Engine, kernel: Engine, prompts: Sequence[list[int]], count: int) -> dict:
-    """One batch of prompts."""
-    (text, rounded), (own, _) = (greedy(engine, prompts, count) for engine in (plain, kernel))
-    expected, found = (forced(engine, prompts, text) for engine in (exact, kernel))
+def compare(exact: Engine, plain: Engine, kernel: Engine, batches: Batches, count: int) -> dict:
+    """All prompts, in such batches."""
+    text, rounded = greedy(plain, batches, count)
+    found, (own, _) = forced(kernel, batches, text), greedy(kernel, batches, count)
+    expected = exactly(exact, [prompt for rows in batches for prompt in rows], text)
     differences = []
-    for row, (theirs, ours) in enumerate(zip(text, own, strict=True)):
+    for prompt, (theirs, ours) in enumerate(zip(text, own, strict=True)):
         for at in np.flatnonzero(theirs != ours)[:1]:
-            logits = expected[row, at]
-            gap = float(logits[theirs[at]] - logits[ours[at]])
-            differences.append({"row": row, "token": int(at), "gap": gap})
-    distances = {"xla": distance(rounded, expected), "kernel": distance(found, expected)}
+            gap = float(expected[prompt, at, theirs[at]] - expected[prompt, at, ours[at]])
+            differences.append({"prompt": prompt, "token": int(at), "gap": gap})
+    pairs = zip(found, rounded, expected, strict=True)
     return {
-        "rows": len(prompts),
-        "distance": distances,
-        "ratio": distances["kernel"] / distances["xla"],
+        "rows": len(batches[0]),
+        "distance": {"xla": distance(rounded, expected), "kernel": distance(found, expected)},
+        "ratio": distance(found, expected) / distance(rounded, expected),
+        "ratio_of_each": [distance(ours, one) / distance(theirs, one) for ours, theirs, one in pairs],
         "differences": differences,
     }
 
@@ -80,14 +96,11 @@ def main() -> None:
     kinds = ("float32", "xla"), ("bfloat16", "xla"), ("bfloat16", args.backend)
     models = [jaxsvd.load(args.model, dtype, backend, buckets="32/128") for dtype, backend in kinds]
     prompts = [models[0].tokenizer.encode(text) for text in PROMPTS]
-    engines = [model.engine for model in models]
-    batches = [*([prompt] for prompt in prompts), prompts]
+    exact, plain, kernel = (model.engine for model in models)
+    ways = [[prompt] for prompt in prompts], [prompts]
     with ThreadPoolExecutor() as pool:  # they compile side by side
-        list(pool.map(lambda engine: [greedy(engine, batch, 2) for batch in batches[-2:]], engines))
-    results = []
-    for batch in batches:
-        results.append(compare(*engines, batch, args.tokens))
-        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+        list(pool.map(lambda engine: [greedy(engine, batches[:1], 2) for batches in ways], (plain, kernel)))
+    results = [compare(exact, plain, kernel, batches, args.tokens) for batches in ways]
     found = {**description(), "model": args.model, "tokens": args.tokens, "results": results}
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")

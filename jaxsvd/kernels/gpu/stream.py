@@ -271,12 +271,10 @@ class Stream:
         lax.fori_loop(jnp.maximum(count - self._slots, 0), count, wait, None)
 
     def hold(self, phase: Phase) -> None:
-        """Bring what a phase reads to shared memory, bfloat16, a slot's inputs after the other: see `_await`.
+        """Start to bring what a phase reads to shared memory, bfloat16, a slot's inputs after the other.
 
-        All threads have left the phase before.
+        All threads have left the phase before. A block's first tile waits for them, each as it comes to it.
         """
-        if not self.interpret:
-            ptx.settle()  # a block without a tile has not waited
         place = 0
         for x in phase.x:
             for part in range(0, roomy(x.most), SPAN):
@@ -327,7 +325,7 @@ class Stream:
         return sums * plgpu.layout_cast(scales, layout)
 
     def multiply(self, number: jax.Array, count: jax.Array, phase: Phase, deal: Deal) -> jax.Array:
-        """This block's tiles of a phase times the x that is held; the count behind them."""
+        """This block's tiles of a phase, the `number`-th of all, times the x that is held; the count behind them."""
         for tiles, first, mine in deal:
 
             def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, first: Any = first) -> jax.Array:
@@ -340,6 +338,8 @@ class Stream:
                 return count
 
             count = lax.fori_loop(0, mine, tile, count)
+        if not self.interpret:
+            ptx.settle()  # a block without a tile has not waited, and x comes to the same place again
         return count
 
     def _product(self, count: jax.Array, member: Streamed, first: jax.Array, number: jax.Array) -> jax.Array:
