@@ -12,6 +12,9 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,18 +30,19 @@ from jaxsvd.sampling import SamplingParams, mode_of, sampler_of
 
 # (model, keep, backend): (rows, tokens in the cache, its capacity) of each decode, and prompts to prefill.
 CASES = [
-    (("qwen3-4b", 0.8, "gpu"), [(1, 512, 1024), (1, 8192, 8704)], [2048, 8192]),
+    (("qwen3-4b", 0.8, "gpu"), [(1, 512, 1024), (1, 8192, 8704), (8, 512, 1024)], [2048, 8192]),
     (("qwen3-4b", 0.8, "xla"), [(1, 512, 1024), (8, 512, 1024)], []),
     (("qwen3-4b", None, "gpu"), [(1, 512, 1024), (8, 512, 1024)], [2048]),
     (("qwen3-4b", None, "xla"), [(1, 512, 1024), (8, 512, 1024)], []),
     (("qwen3-4b", 0.5, "gpu"), [(1, 512, 1024)], []),
     (("llama-3.2-1b", 0.8, "gpu"), [(1, 512, 1024)], []),
-    (("llama-2-7b", 0.5, "gpu"), [(1, 512, 1024)], []),
+    (("llama-2-7b", 0.5, "gpu"), [(1, 512, 1024), (8, 512, 1024)], []),
 ]
 DISPATCHES, RUNS = 16, 6
 
 
-def decode(engine: Engine, batch: int, cached: int, capacity: int) -> dict:
+def decode(engine: Engine, batch: int, cached: int, capacity: int) -> Callable[[], dict]:
+    """Compile such a step, to be timed by what this returns."""
     rows = [SamplingParams()] * batch
     sampler, mode = sampler_of(rows), mode_of(rows)
 
@@ -48,33 +52,56 @@ def decode(engine: Engine, batch: int, cached: int, capacity: int) -> dict:
         return jax.block_until_ready((KVCache(cache.keys, cache.values, lengths), jnp.zeros((batch,), jnp.int32)))
 
     step = engine.compile(engine._decode_call(*start(), None, sampler, mode))
-    times = []
-    for _ in range(RUNS):
-        cache, token = start()
-        begin = time.perf_counter()
-        for _ in range(DISPATCHES):
-            _, cache, token, _ = step(engine.leaves, cache, token, None, sampler)
-        jax.block_until_ready(token)
-        times.append(1e3 * (time.perf_counter() - begin) / DISPATCHES / engine.steps_per_dispatch)
-    started = launches.count(step.as_text())
-    return {
-        "batch": batch,
-        "cached": cached,
-        "ms": times[1:],
-        "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
-        "launches": started and started / engine.steps_per_dispatch,
-    }
+
+    def measure() -> dict:
+        times = []
+        for _ in range(RUNS):
+            cache, token = start()
+            begin = time.perf_counter()
+            for _ in range(DISPATCHES):
+                _, cache, token, _ = step(engine.leaves, cache, token, None, sampler)
+            jax.block_until_ready(token)
+            times.append(1e3 * (time.perf_counter() - begin) / DISPATCHES / engine.steps_per_dispatch)
+        started = launches.count(step.as_text())
+        return {
+            "batch": batch,
+            "cached": cached,
+            "ms": times[1:],
+            "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
+            "launches": started and started / engine.steps_per_dispatch,
+        }
+
+    return measure
 
 
-def prefill(engine: Engine, tokens: int) -> dict:
+def prefill(engine: Engine, tokens: int) -> Callable[[], dict]:
+    """The same of a prompt."""
     call = engine._prefill_call(np.ones((1, tokens), np.int32), np.array([tokens], np.int32), "last")
     step = engine.compile(call)
-    times = []
-    for _ in range(RUNS):
-        begin = time.perf_counter()
-        jax.block_until_ready(step(*call.args))
-        times.append(1e3 * (time.perf_counter() - begin))
-    return {"prompt": tokens, "ms": times[1:], "temporary_bytes": step.memory_analysis().temp_size_in_bytes}
+
+    def measure() -> dict:
+        times = []
+        for _ in range(RUNS):
+            begin = time.perf_counter()
+            jax.block_until_ready(step(*call.args))
+            times.append(1e3 * (time.perf_counter() - begin))
+        return {"prompt": tokens, "ms": times[1:], "temporary_bytes": step.memory_analysis().temp_size_in_bytes}
+
+    return measure
+
+
+def run(case: tuple, rate: float) -> Iterator[dict]:
+    """Measure a case; its memory is free when all are taken."""
+    (model, keep, backend), decodes, prompts = case
+    made = random("model", model, keep, 128, backend)
+    engine = made.engine
+    kind = {"model": model, "keep": keep, "backend": backend, "load_seconds": made.load_seconds}
+    floors = [{"floor_ms": 1e3 * engine.step_bytes(cached * batch) / rate} for batch, cached, _ in decodes]
+    jobs = [*(partial(decode, engine, *one) for one in decodes), *(partial(prefill, engine, one) for one in prompts)]
+    with ThreadPoolExecutor() as pool:  # they compile side by side
+        measures = list(pool.map(lambda job: job(), jobs))
+    for measure, floor in zip(measures, [*floors, *({} for _ in prompts)], strict=True):
+        yield kind | measure() | floor
 
 
 def main() -> None:
@@ -91,25 +118,13 @@ def main() -> None:
         "bandwidth": rate,
         "results": [],
     }
-    for (model, keep, backend), decodes, prompts in (CASES[i] for i in args.cases):
-        made = random("model", model, keep, 128, backend)
-        engine = made.engine
-        kind = {"model": model, "keep": keep, "backend": backend, "load_seconds": made.load_seconds}
-        for batch, cached, capacity in decodes:
-            floor = 1e3 * engine.step_bytes(cached * batch) / rate
-            found["results"].append(kind | decode(engine, batch, cached, capacity) | {"floor_ms": floor})
-            show(found["results"][-1])
-        for tokens in prompts:
-            found["results"].append(kind | prefill(engine, tokens))
-            show(found["results"][-1])
-        if args.out:  # what there is, should the machine be taken away
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
-        del made, engine
+    for number in args.cases:
+        for row in run(CASES[number], rate):
+            found["results"].append(row)
+            print(json.dumps(row | {"ms": round(statistics.median(row["ms"]), 3)}), flush=True)
+            if args.out:  # what there is, should the machine be taken away
+                args.out.write_text(json.dumps(found, indent=1) + "\n")
         gc.collect()  # the next one needs the memory
-
-
-def show(row: dict) -> None:
-    print(json.dumps(row | {"ms": round(statistics.median(row["ms"]), 3)}), flush=True)
 
 
 if __name__ == "__main__":

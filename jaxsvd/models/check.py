@@ -15,26 +15,35 @@ TOLERANCE = 0.1
 
 
 def check(model: Llama) -> None:
-    """Compare the backend's kernel for a step, where it has one, with XLA on the last of some tokens.
+    """Compare the backend's kernels for a step of one row and of several, where it has them, with XLA.
 
-    Kernels that silently return zeros have shipped in this field. Raises JaxsvdError where the two disagree.
+    What is compared is the last of some tokens. Kernels that silently return zeros have shipped in this field. Raises
+    JaxsvdError where the two disagree.
     """
-    if model.decoder(1, CAPACITY) is None:
+    fused = model.fused
+    if fused is None or model.decoder(1, CAPACITY) is None:
         return
+    batches = [1] if fused.rows == 1 or model.obstacle(2, CAPACITY) else [1, 2]
     graph, state = nnx.split(model)
 
     @jax.jit
     def both(state: nnx.State, tokens: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        model = nnx.merge(graph, state)
-        cache = empty_cache(model.config, 1, CAPACITY, model.embed_tokens.weight.dtype)
-        expected, known = model(tokens, cache, jnp.zeros((1,), jnp.int32))
-        # What the last token has put there is taken away, so that the kernel has to write it.
-        keys, values = ([cached.at[:, LAST:].set(0) for cached in kind] for kind in (known.keys, known.values))
-        last = tokens[:, LAST:]
-        actual, cache = model(last, KVCache(keys, values, known.lengths), jnp.full((1,), LAST, jnp.int32))
-        return _seen(actual[:, 0], cache), _seen(expected[:, LAST], known)
+        model, found, wanted = nnx.merge(graph, state), [], []
+        most = tokens.shape[0]
+        cache = empty_cache(model.config, most, CAPACITY, model.embed_tokens.weight.dtype)
+        expected, known = model(tokens, cache, jnp.zeros((most,), jnp.int32))
+        for batch in batches:
+            heads = batch * model.config.num_kv_heads
+            keys, values = ([one[:heads] for one in kind] for kind in (known.keys, known.values))
+            wanted += _seen(expected[:batch, LAST], KVCache(keys, values, known.lengths))
+            # What the last token has put there is taken away, so that the kernel has to write it.
+            keys, values = ([one.at[:, LAST:].set(0) for one in kind] for kind in (keys, values))
+            start = jnp.full((batch,), LAST, jnp.int32)
+            actual, cache = model(tokens[:batch, LAST:], KVCache(keys, values, known.lengths), start)
+            found += _seen(actual[:, 0], cache)
+        return found, wanted
 
-    tokens = jnp.arange(LAST + 1)[None] % model.config.vocab_size
+    tokens = (jnp.arange(LAST + 1) + 7 * jnp.arange(batches[-1])[:, None]) % model.config.vocab_size
     pairs = zip(*both(state, tokens), strict=True)
     errors = [jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected) for actual, expected in pairs]
     error = float(jnp.max(jnp.array(errors)))  # unlike Python's, it is not a number where one of them is not
@@ -47,6 +56,6 @@ def check(model: Llama) -> None:
 
 
 def _seen(hidden: jax.Array, cache: KVCache) -> list[jax.Array]:
-    """What is compared: the hidden state of the last token, and its keys and values in all layers; float32."""
+    """What is compared: the hidden states of the last tokens, and their keys and values in all layers; float32."""
     kinds = (jnp.stack([cached[:, LAST] for cached in kind]) for kind in (cache.keys, cache.values))
     return [array.astype(jnp.float32) for array in (hidden, *kinds)]

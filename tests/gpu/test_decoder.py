@@ -301,7 +301,7 @@ def test_the_check_lets_a_right_kernel_pass():
     check(engine_of("qwen3", "mixed", gpu()).model)
 
 
-@pytest.mark.parametrize("wrong", [None, "zero", "nan", "state", "keys", "values"])
+@pytest.mark.parametrize("wrong", [None, "zero", "nan", "state", "keys", "values", "several"])
 def test_a_wrong_kernel_is_found(wrong, monkeypatch):
     """XLA in the kernel's place, and one thing changed."""
 
@@ -311,6 +311,8 @@ def test_a_wrong_kernel_is_found(wrong, monkeypatch):
         if wrong in ("keys", "values"):
             buffers = {"keys": keys, "values": values}[wrong]
             buffers[1] = buffers[1].at[:, LAST].multiply(0.5)
+        if wrong == "several" and x.shape[0] > 1:
+            return x[::-1]
         return x * {"zero": 0.0, "nan": jnp.nan, "state": -1.0}.get(wrong, 1.0)
 
     model = engine_of("qwen3", "low-rank", gpu()).model
