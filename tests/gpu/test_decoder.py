@@ -15,6 +15,7 @@ import pytest
 
 import jaxsvd
 from jaxsvd import kernels
+from jaxsvd.bench.contenders import ranks_of
 from jaxsvd.cache import KVCache
 from jaxsvd.config import ModelConfig
 from jaxsvd.engine import Engine
@@ -25,8 +26,10 @@ from jaxsvd.kernels.xla import XLA
 from jaxsvd.models import build
 from jaxsvd.models.check import LAST, check
 from jaxsvd.models.llama import Llama
+from jaxsvd.named import CONFIGS as CONFIGS_OF_MODELS
 from jaxsvd.sampling import SamplingParams, mode_of, sampler_of
-from jaxsvd.weights import RandomWeights
+from jaxsvd.steps import Steps
+from jaxsvd.weights import AbstractWeights, RandomWeights
 
 kernel = pytest.mark.skipif(jax.__version_info__ < JAX, reason="the kernel is written for jax 0.11")
 
@@ -146,6 +149,21 @@ def test_positions(position, capacity, layers, rng):
     assert distance(caches[0][written], caches[1][written]) < 2e-2
     untouched = np.arange(capacity) != position
     np.testing.assert_array_equal(caches[0][:, :, untouched], values.astype(np.float32)[:, :, untouched])
+
+
+@kernel
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("keep", [0.8, None])
+@pytest.mark.parametrize("name", CONFIGS_OF_MODELS)
+def test_the_kernel_of_every_named_model_fits_into_shared_memory(name, keep, batch):
+    """Pallas refuses it where it does not, without a GPU too."""
+    config = CONFIGS_OF_MODELS[name]
+    weights = AbstractWeights(jnp.bfloat16, ranks_of(config, keep, 16) if keep else None)
+    steps = Steps(build(config, weights, GPU()))
+    assert steps.model.decoder(batch, 128) is not None
+    cache = jax.eval_shape(lambda: steps.empty_cache(batch, 128))
+    token = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    jax.jit(steps.decode_logits).trace(steps.leaves, cache, token).lower(lowering_platforms=("cuda",))
 
 
 @kernel

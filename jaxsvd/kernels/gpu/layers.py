@@ -275,7 +275,7 @@ def make_layers(
     assert all_shapes is not None
     shape, layers = all_shapes[0], len(shapes)
     hidden, rows = shape.qkv.inputs, height(batch)
-    counts = [1 + len(group.low_rank) for group in shape.groups]
+    counts = shape.matrices
     nothing = [[None] * count for count in counts], (None, None), Buffers(*[None] * 5)
     sizes = Products(shape, 0, layers, *nothing, rows)
     parted = splits(batch * shape.kv_heads) > 1  # whether the cache of a head is, and must be put together

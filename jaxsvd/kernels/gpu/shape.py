@@ -1,6 +1,5 @@
 """The shapes of layers, as their kernel sees them, and how wide its buffers are."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,8 @@ HEADS = 8  # of queries that do so at once: the rows of mma that are used
 UNIT = 16  # widths are whole ones: 32 bytes, where copies and loads may begin
 
 SHARED = 227 * 1024  # bytes of shared memory that a block may have on Hopper
-RESERVED = 4 * 1024  # of them, for sums across warps, barriers and alignment
+ALIGNED = 1024  # where Pallas begins each thing there
+RESERVED = 2 * ALIGNED  # for sums across warps, and for Pallas' barriers
 SLOTS = 10  # in the ring; more were not faster
 FEWEST = 4  # slots with which it is still a ring
 
@@ -123,9 +123,9 @@ class LayerShape:
         return replace(self, **dict(zip(("qkv", "o", "gate_up", "down"), groups, strict=True)))
 
     @property
-    def arrays(self) -> int:
-        """How many a layer has that are found by their address: those of its groups, keys and values."""
-        return sum(1 + len(group.low_rank) for group in self.groups) + 2
+    def matrices(self) -> list[int]:
+        """How many arrays each group has."""
+        return [1 + len(group.low_rank) for group in self.groups]
 
     def held(self, batch: int) -> tuple[int, int]:
         """The shape of a phase's x in shared memory, at most."""
@@ -139,9 +139,10 @@ class LayerShape:
         return whole(self.heads // self.kv_heads, HEADS)
 
     @property
-    def sides(self) -> int:
-        """The bytes in shared memory for these heads, and in which the four warps put together their parts."""
-        return self.together * (2 * self.head_dim + 4 * 4 * (self.head_dim + 2))
+    def sides(self) -> list[int]:
+        """The bytes in shared memory for these heads, and for what each of four warps gives of them."""
+        heads, width = self.together, self.head_dim
+        return [2 * heads * width, 4 * 4 * heads, 4 * 4 * heads, 4 * 4 * heads * width]
 
     def obstacle(self, layers: int, batch: int, capacity: int) -> str | None:
         """Why the kernel can't run so many layers of this shape with a cache for so many tokens a row, or None."""
@@ -161,7 +162,10 @@ class LayerShape:
 
 def ring(shape: LayerShape, layers: int, batch: int) -> int:
     """The slots for which shared memory has room, beside addresses, the greatest x, and what attention needs."""
-    taken = RESERVED + 2 * math.prod(shape.held(batch)) + 8 * layers * shape.arrays + shape.sides
+    rows, width = shape.held(batch)
+    tables = 8 * layers * sum(shape.matrices), 8 * layers * 2
+    sizes = 2 * rows * width, 4 * rows, 8 * SLOTS, 8 * (width // SPAN), *tables, *shape.sides
+    taken = RESERVED + sum(whole(size, ALIGNED) for size in sizes)
     return min(SLOTS, (SHARED - taken) // (2 * ROWS * SPAN))
 
 
