@@ -174,8 +174,8 @@ def test_one_layer(rng):
 
 
 @kernel
-@pytest.mark.parametrize("ranks", [(64, 176), (1040, 16)])
-def test_layers_of_different_ranks(ranks, rng):
+@pytest.mark.parametrize(("ranks", "rows"), [((64, 176), 1), ((1040, 16), 1), ((64, 176), 3)])
+def test_layers_of_different_ranks(ranks, rows, rng):
     """A member is wider in one layer, another in the other."""
 
     def rank(path, *_):
@@ -183,15 +183,16 @@ def test_layers_of_different_ranks(ranks, rng):
 
     config = ModelConfig.from_hf(COMMON | CONFIGS["qwen3"])
     engines = [Engine(build(config, RandomWeights(jnp.bfloat16, rank), backend)) for backend in (gpu(), XLA("cpu"))]
-    assert engines[0].model.decoder(1, 128) is not None
-    prompt, forced = rng.integers(0, 128, 9).tolist(), [1, 2, 3]
-    assert distance(*(followed(engine, prompt, forced) for engine in engines)) < 3e-2
+    assert engines[0].model.decoder(rows, 128) is not None
+    prompts, forced = rng.integers(0, 128, (rows, 9)).tolist(), [[1, 2, 3]] * rows
+    assert distance(*(followed_all(engine, prompts, forced)[1:] for engine in engines)) < 3e-2
 
 
 @pytest.mark.parametrize(
     ("architecture", "dtype", "capacity", "reason"),
     [
         ("qwen3", jnp.bfloat16, 120, "a multiple of 32 tokens, not 120"),
+        ("qwen3", jnp.bfloat16, 2**23, "less than 2^31 elements: 1 rows of 8388608 tokens"),
         ("qwen3", jnp.float32, 128, "in bfloat16, and the model is in float32"),
         ("narrow", jnp.bfloat16, 128, "64 or 128 wide, not 32"),
     ],
@@ -203,8 +204,10 @@ def test_what_the_kernel_does_not_take_is_left_to_xla(architecture, dtype, capac
 
 
 @kernel
-@pytest.mark.parametrize("odd", ["o_proj", "gate_proj", "qkv", "mlp", "layer"])
-def test_layers_with_other_matrices_dense(odd, rng):
+@pytest.mark.parametrize(
+    ("odd", "rows"), [("o_proj", 1), ("gate_proj", 1), ("qkv", 1), ("mlp", 1), ("layer", 1), ("qkv", 3), ("mlp", 3)]
+)
+def test_layers_with_other_matrices_dense(odd, rows, rng):
     """Some are low-rank in the second layer only, and some in the first; the others are in both."""
     members = {"qkv": "q_proj v_proj", "mlp": "gate_proj up_proj down_proj", "layer": "proj"}.get(odd, odd).split()
 
@@ -214,9 +217,9 @@ def test_layers_with_other_matrices_dense(odd, rng):
 
     config = ModelConfig.from_hf(COMMON | CONFIGS["qwen3"])
     engines = [Engine(build(config, RandomWeights(jnp.bfloat16, rank), backend)) for backend in (gpu(), XLA("cpu"))]
-    assert engines[0].model.decoder(1, 128) is not None
-    prompt, forced = rng.integers(0, 128, 9).tolist(), [1, 2, 3]
-    assert distance(*(followed(engine, prompt, forced) for engine in engines)) < 3e-2
+    assert engines[0].model.decoder(rows, 128) is not None
+    prompts, forced = rng.integers(0, 128, (rows, 9)).tolist(), [[1, 2, 3]] * rows
+    assert distance(*(followed_all(engine, prompts, forced)[1:] for engine in engines)) < 3e-2
 
 
 def test_layers_of_other_widths_are_left_to_xla():
@@ -239,8 +242,8 @@ def test_layers_of_other_widths_are_left_to_xla():
     ],
 )
 def test_logits_of_several_rows(architecture, ranks, rows, rng):
-    """Their prompts are of different lengths, one of them longer than what a block attends to at once."""
-    prompts = [rng.integers(0, 128, 1 + 11 * row).tolist() for row in range(rows)]
+    """Their prompts are of different lengths, some longer than what a block attends to at once."""
+    prompts = [rng.integers(0, 128, 1 + 77 * row // (rows - 1)).tolist() for row in range(rows)]
     forced = rng.integers(0, 128, (rows, 3)).tolist()
     engine = engine_of(architecture, ranks, gpu())
     assert engine.model.decoder(rows, 128) is not None
@@ -258,13 +261,14 @@ def test_logits_of_several_rows(architecture, ranks, rows, rng):
 
 
 @kernel
-@pytest.mark.parametrize("ranks", ["dense", "low-rank"])
-def test_several_rows_too_wide_to_be_held_at_once(ranks, rng):
-    """Of down, whose inputs go in two pieces, the second not of whole slots."""
+@pytest.mark.parametrize(
+    ("ranks", "wide"), [("dense", "intermediate_size"), ("low-rank", "intermediate_size"), ("mixed", "hidden_size")]
+)
+def test_several_rows_too_wide_to_be_held_at_once(ranks, wide, rng):
+    """Of down, or behind the norms: inputs go in two pieces, the second not of whole slots."""
     prompts = [rng.integers(0, 128, length).tolist() for length in (3, 9)]
-    engines = [
-        engine_of("qwen3", ranks, backend, layers=1, intermediate_size=WIDEST + 1040) for backend in (gpu(), XLA("cpu"))
-    ]
+    changes = {"layers": 1, wide: WIDEST + (1040 if ranks == "low-rank" else 16)}
+    engines = [engine_of("qwen3", ranks, backend, **changes) for backend in (gpu(), XLA("cpu"))]
     assert engines[0].model.decoder(2, 128) is not None
     found, expected = (followed_all(engine, prompts, [[1, 2], [3, 4]])[1:] for engine in engines)
     assert distance(found, expected) < 2e-2
@@ -276,6 +280,7 @@ def test_many_heads_of_several_rows(rng):
     heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 64}
     prompts = [rng.integers(0, 128, 3 + 40 * row).tolist() for row in range(3)]
     engines = [engine_of("llama", "low-rank", backend, layers=1, **heads) for backend in (gpu(), XLA("cpu"))]
+    assert engines[0].model.decoder(3, 128) is not None
     found, expected = (followed_all(engine, prompts, [[1, 2]] * 3)[1:] for engine in engines)
     assert distance(found, expected) < 2e-2
 

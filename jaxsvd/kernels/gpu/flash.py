@@ -22,7 +22,7 @@ from jaxsvd.kernels.gpu.shape import HEADS, TOKENS
 NOTHING = -1e30  # the maximum of no scores
 WARPS = 4
 
-# Eight of the second array's (WARPS, 8, n) rows to a warp, 16 bytes to a thread.
+# Eight rows of (WARPS, 8, n) to a warp, 16 bytes to a thread.
 _EIGHTS = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, 8, 32), (8,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 QUERIES = _EIGHTS.reduce((0,))  # (HEADS, width): g is the head
 KEYS = plgpu.Layout.TILED(  # (TOKENS, width): g is the token

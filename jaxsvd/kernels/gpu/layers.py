@@ -6,7 +6,7 @@ a layer. Here the blocks stay, one on each multiprocessor. While one warpgroup s
 (`jaxsvd.kernels.gpu.stream`), the other multiplies; between two products that depend on each other all blocks meet at
 a counter in global memory, and meanwhile the ring fills.
 
-Sums, norms, RoPE, softmax and the residual stream are float32; what one product gives to the next is bfloat16.
+Sums, norms, RoPE and the residual stream are float32; what one product gives to the next is bfloat16, in attention too.
 """
 
 from collections.abc import Callable, Iterator, Sequence

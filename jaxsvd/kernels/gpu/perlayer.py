@@ -40,28 +40,24 @@ class PerLayer:
     table: Any
     first: int
 
-    def _place(self, index: Sequence[Any]) -> tuple[jax.Array, list[int], list[int]]:
-        """Where a region begins, in elements, and its sizes and strides; `index` are integers and `pl.ds` slices."""
-        shape, offset, sizes, strides = self.refs[0].shape, jnp.int32(0), [], []
+    def _place(self, index: Sequence[Any]) -> tuple[jax.Array, list[int]]:
+        """Where a region begins, in elements, and its strides; `index` are integers and `pl.ds` slices."""
+        shape, offset, strides = self.refs[0].shape, jnp.int32(0), []
         stride = 1
         for size, at in reversed(list(zip(shape, index, strict=True))):
             slice_ = isinstance(at, pl.Slice)
             offset += (at.start if slice_ else at) * stride
             if slice_:
-                sizes.insert(0, at.size)
                 strides.insert(0, stride)
             stride *= size
-        return offset, sizes, strides
+        return offset, strides
 
     def _each(self, use: Callable[[Any], None]) -> None:
         for i, ref in enumerate(self.refs):
             pl.when(self.layer == i)(lambda ref=ref: use(ref))
 
     def load(self, index: Sequence[Any], layout: Any) -> jax.Array:
-        """The region of this layer's array, all layers having the same shape."""
-        if self.table is not None:
-            offset, sizes, strides = self._place(index)
-            return ptx.load(self.table, self.first + self.layer, offset, sizes, strides, layout)
+        """The region of this layer's array, all layers having the same shape: in the interpreter only."""
         found = load(self.refs[0].at[tuple(index)], layout)
         for i, ref in enumerate(self.refs[1:], 1):
             found = jnp.where(self.layer == i, load(ref.at[tuple(index)], layout), found)
@@ -70,7 +66,7 @@ class PerLayer:
     def store(self, index: Sequence[Any], values: jax.Array, layout: Any) -> None:
         """Write a region, all layers having the same shape."""
         if self.table is not None:
-            offset, _, strides = self._place(index)
+            offset, strides = self._place(index)
             ptx.store(self.table, self.first + self.layer, offset, strides, values, layout)
             return
 

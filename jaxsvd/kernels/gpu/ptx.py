@@ -142,23 +142,10 @@ def _region(table: Any, entry: Any, offset: Any, sizes: Sequence[int], strides: 
     )
 
 
-def load(
-    table: Any, entry: jax.Array, offset: jax.Array, sizes: Sequence[int], strides: Sequence[int], layout: Any
-) -> jax.Array:
-    """A region, bfloat16, of the array whose address is an entry of a table: from element `offset` on."""
-
-    def run(_: Any, table: Any, entry: Any, offset: Any) -> Any:
-        region = _region(table, entry, offset, sizes, strides)
-        return mgpu.FragmentedArray.load_untiled(region, layout=layout.to_mgpu(), optimized=False)
-
-    result = plgpu.ShapeDtypeStruct(tuple(sizes), jnp.bfloat16, layout=layout)
-    return inline((plgpu.RefType(), NUMBER, NUMBER), run, table, entry, offset, result=result)
-
-
 def store(
     table: Any, entry: jax.Array, offset: jax.Array, strides: Sequence[int], values: jax.Array, layout: Any
 ) -> None:
-    """Write such a region."""
+    """Write a region, bfloat16, of the array whose address is an entry of a table: from element `offset` on."""
     sizes = values.shape
 
     def run(_: Any, table: Any, entry: Any, offset: Any, values: Any) -> None:
@@ -167,8 +154,9 @@ def store(
     inline((plgpu.RefType(), NUMBER, NUMBER, layout), run, table, entry, offset, values)
 
 
-# Barriers of a ring, (slots, 2) int32 in shared memory, as Pallas does not show the address of its own. A phase ends
-# when the thread that announced some bytes has arrived, and the bytes have.
+# Barriers, (slots, 2) int32 in shared memory, as Pallas does not show the address of its own. A phase of one of the
+# ring ends when the thread that announced some bytes has arrived, and the bytes have; of one of x, when the copies of
+# all threads are there.
 
 
 def _barrier(barriers: Any, slot: Any) -> Any:
@@ -278,7 +266,7 @@ def bring(source: Any, row: jax.Array, start: Any, left: Any, target: Any, place
     """Start to copy elements of a row of `source`, eight to a thread of a warpgroup, to the same row of `target`.
 
     They go from `start` there to `place` here, bfloat16, from global to shared memory, where zeros follow the first
-    `left` ones; all are there behind `brought`, for the thread that has copied them.
+    `left` ones; all are there at the end of the phase of a barrier that `brought` is called with.
     """
 
     def run(_: Any, source: Any, target: Any, *numbers: Any) -> None:
@@ -320,15 +308,6 @@ def brought(barriers: Any, number: int) -> None:
         )
 
     inline((plgpu.RefType(),), run, barriers)
-
-
-def settle() -> None:
-    """Wait for all copies that this thread has begun by `bring`."""
-
-    def run(_: Any) -> None:
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "cp.async.wait_all;", "~{memory}", has_side_effects=True)
-
-    inline((), run)
 
 
 def held(slot: Any, part: int, parts: int, shape: tuple[int, ...], layout: Any) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
 BATCH = 8  # rows of x that it takes at most: half of its m
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
-WIDEST = 4096  # inputs that are held of several rows of x: wider products go in pieces
+WIDEST = 4096  # inputs that are held of several rows of x: wider products, but V, go in pieces
 APART = 32  # elements between rows of x in shared memory, lest all begin in the same bank
 TOKENS = 32  # of the cache that a block attends to at once: keys and values of heads of 128 fill a slot
 HEADS = 8  # of queries that do so at once: the rows of mma that are used
@@ -157,6 +157,8 @@ class LayerShape:
             return f"a multiprocessor has no room for {rows}·{width} elements and the addresses of {layers} layers"
         if capacity % TOKENS:
             return f"the cache must have room for a multiple of {TOKENS} tokens, not {capacity}"
+        if batch * self.kv_heads * capacity * self.head_dim >= 2**31:
+            return f"the keys of a layer must have less than 2^31 elements: {batch} rows of {capacity} tokens have more"
         return None
 
 

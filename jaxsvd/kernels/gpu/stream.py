@@ -1,8 +1,8 @@
 """Products of weights with one x or a few, whose weights are streamed through shared memory.
 
 One warpgroup of a block does nothing but copy tiles of weights into a ring, by TMA and as far ahead as the ring has
-room, across products and layers. Another multiplies them with x, which lies in shared memory too, on tensor cores: not
-for their speed, but as one instruction then does what eighteen did.
+room, across products and layers; keys and values go the same way. Another multiplies them with x, which lies in shared
+memory too, on tensor cores: not for their speed, but as one instruction then does what eighteen did.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,7 +77,8 @@ def strided(vector: int) -> Any:
 class X:
     """Something that products read: elements [start, start + width) of each row of `ref` (1 or BATCH, n), bfloat16.
 
-    Where the width is known at run time only, it is at most `most`.
+    Where the width is known at run time only, it is at most `most`. What the ring held before lies behind the edge of a
+    slot, against zeros of x: all weights, keys and values are to be finite.
     """
 
     ref: Any
@@ -281,7 +282,7 @@ class Stream:
                 self._bring(x, part, place)
                 place += SPAN
         if not self.interpret:
-            for unused in range(place // SPAN, self._held.shape[1] // SPAN):
+            for unused in range(place // SPAN, self._spans):
                 ptx.brought(self._arrived, unused)
         if phase.norm:
             self._scale(phase.norm)
@@ -339,8 +340,14 @@ class Stream:
 
             count = lax.fori_loop(0, mine, tile, count)
         if not self.interpret:
-            ptx.settle()  # a block without a tile has not waited, and x comes to the same place again
+            # A block without a tile has not waited, and x comes to the same place again: the last is there last.
+            ptx.wait(self._arrived, jnp.int32(self._spans - 1), lax.rem(number, 2))
         return count
+
+    @property
+    def _spans(self) -> int:
+        """How many slots' inputs are held at most."""
+        return self._held.shape[1] // SPAN
 
     def _product(self, count: jax.Array, member: Streamed, first: jax.Array, number: jax.Array) -> jax.Array:
         """The sums of a tile whose slots begin at `count`: (BATCH, ROWS), or (ROWS,) of one row."""
