@@ -63,9 +63,8 @@ class Attention:
     @staticmethod
     def scratch(shape: LayerShape) -> list[Any]:
         """Queries, and of each warp the same as of a part: see `LayerShape.sides`."""
-        heads, width = shape.together, shape.head_dim
-        sizes = (flash.WARPS, heads), (flash.WARPS, heads), (flash.WARPS, heads, width)
-        return [plgpu.SMEM((heads, width), jnp.bfloat16), *(plgpu.SMEM(size, jnp.float32) for size in sizes)]
+        queries, *warps = shape.sides
+        return [plgpu.SMEM(queries, jnp.bfloat16), *(plgpu.SMEM(size, jnp.float32) for size in warps)]
 
     @property
     def half(self) -> int:

@@ -28,13 +28,13 @@ from jaxsvd.kernels.gpu.perlayer import PerLayer, load, table
 from jaxsvd.kernels.gpu.shape import (
     ROWS,
     SPAN,
-    WIDEST,
     Group,
     LayerShape,
     aligned,
     height,
     ring,
     roomy,
+    widest,
 )
 from jaxsvd.kernels.gpu.stream import SCRATCH, Norm, Phase, Stream, Streamed, Tiles, X, columns, squares, sums
 
@@ -115,15 +115,16 @@ class Products:
 
         A block has the same tiles in all of them, so what is unfinished is read by who has stored it.
         """
-        if self.height == 1 or x.width <= WIDEST:
+        step = widest(self.height)
+        if x.width <= step:
             return [Phase([x], [tiles], norm)]
         members, phases = tiles.members, []
 
         def unfinished(row: jax.Array) -> list[Any]:
             return [columns(self.buffers.unfinished, member.row + row, ROWS) for member in members]
 
-        for begin in range(0, x.width, WIDEST):
-            end = min(begin + WIDEST, x.width)
+        for begin in range(0, x.width, step):
+            end = min(begin + step, x.width)
             goes_on = end < x.width
 
             def early(row: jax.Array, begin: int = begin, goes_on: bool = goes_on) -> tuple[Any, Any]:
@@ -307,8 +308,7 @@ def make_layers(
             given = shape if ranked is None else shape.of([ranked[layer, i] for i in range(len(shape.ranks))])
             return Products(given, layer, layers, groups, norms, buffers, rows)
 
-        def attention_of(layer: jax.Array) -> Attention:
-            products = of(layer)
+        def attention_of(layer: jax.Array, products: Products) -> Attention:
             cached = [PerLayer(refs, layer, tables[1], i * layers) for i, refs in enumerate(caches)]
             return Attention(
                 *(shape, layer, block, blocks, batch, positions, angles, head_norms, cached),
@@ -324,8 +324,8 @@ def make_layers(
                 if not interpret:
                     ptx.meet(counter, (layer * meetings + next(met) + 1) * blocks)
 
-            products, attention = of(layer), attention_of(layer)
-            phases = products.phases
+            products = of(layer)
+            attention, phases = attention_of(layer, products), products.phases
             for number, (phase, deal) in enumerate(zip(phases, stream.deal(phases), strict=True)):
                 if number == len(products.before):
                     count = attention.attend(stream, count)
@@ -341,7 +341,7 @@ def make_layers(
         def fill(layer: jax.Array, count: jax.Array) -> jax.Array:
             products = of(layer)
             deals, before = stream.deal(products.phases), len(products.before)
-            count = attention_of(layer).fill(stream, stream.fill(count, deals[:before]))
+            count = attention_of(layer, products).fill(stream, stream.fill(count, deals[:before]))
             return stream.fill(count, deals[before:])
 
         def publish(table: Any, arrays: Sequence[Sequence[Any]]) -> None:

@@ -41,11 +41,9 @@ def multiply(sums: jax.Array, weights: jax.Array, x: jax.Array, layouts: tuple[A
     """Add weights (8, n) times x, both bfloat16, to the sums of the four warps, float32, on tensor cores.
 
     x is the A of m16n8k16: eight rows (8, n), and the sums (4, 8, 8); or one (n,), which all eight groups of lanes hold
-    alike, so that each gets the result, and the sums (4, 8). The weights are B.
-    A thread's eight neighbours are the inputs of two instructions: which input goes with which k does
-    not matter, as long as x and weights agree.
+    alike, so that each gets the result, and the sums (4, 8). The weights are B. A thread's eight neighbours are the
+    inputs of two instructions: which input goes with which k does not matter, as long as x and weights agree.
     """
-
     result = plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=layouts[0])
 
     def run(_: Any, sums: Any, weights: Any, x: Any) -> Any:
@@ -274,17 +272,17 @@ def bring(source: Any, row: jax.Array, start: Any, left: Any, target: Any, place
         row, start, left = (value.registers.item() for value in numbers)
         mine = arith.muli(thread(), arith.constant(i32, 8))
 
-        def element(ref: Any, first: Any) -> Any:
+        def place_in(ref: Any, first: Any) -> Any:
             pitch = ir.MemRefType(ref.type).get_strides_and_offset()[0][0]
             at = arith.addi(arith.muli(row, arith.constant(i32, pitch)), arith.addi(first, mine))
             return utils.getelementptr(utils.memref_ptr(ref), [arith.extsi(i64, at)], bf16)
 
         inside = arith.cmpi(arith.CmpIPredicate.slt, mine, left)
         size = arith.select(inside, arith.constant(i32, 16), arith.constant(i32, 0))
-        to = _shared(element(target, arith.constant(i32, place)))
+        to = _shared(place_in(target, arith.constant(i32, place)))
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),
-            [to, element(source, start), size],
+            [to, place_in(source, start), size],
             "cp.async.cg.shared.global [$0], [$1], 16, $2;",
             "r,l,r,~{memory}",
             has_side_effects=True,

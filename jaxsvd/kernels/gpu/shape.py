@@ -1,5 +1,7 @@
 """The shapes of layers, as their kernel sees them, and how wide its buffers are."""
 
+import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +37,11 @@ def whole(width: int, unit: int) -> int:
 def roomy(width: int) -> int:
     """The width of a buffer that is read a whole slot at a time."""
     return whole(width, SPAN)
+
+
+def widest(batch: int) -> int:
+    """The inputs of x that are held at once, at most: of one row all."""
+    return WIDEST if batch > 1 else sys.maxsize
 
 
 def height(batch: int) -> int:
@@ -129,9 +136,7 @@ class LayerShape:
 
     def held(self, batch: int) -> tuple[int, int]:
         """The shape of a phase's x in shared memory, at most."""
-        if batch == 1:
-            return 1, max(group.held(group.inputs) for group in self.groups)
-        return height(batch), max(group.held(WIDEST) for group in self.groups) + APART
+        return height(batch), max(group.held(widest(batch)) for group in self.groups) + (APART if batch > 1 else 0)
 
     @property
     def together(self) -> int:
@@ -139,10 +144,10 @@ class LayerShape:
         return whole(self.heads // self.kv_heads, HEADS)
 
     @property
-    def sides(self) -> list[int]:
-        """The bytes in shared memory for these heads, and for what each of four warps gives of them."""
+    def sides(self) -> list[tuple[int, ...]]:
+        """What attention has in shared memory: these heads, bfloat16, and what each of four warps gives, float32."""
         heads, width = self.together, self.head_dim
-        return [2 * heads * width, 4 * 4 * heads, 4 * 4 * heads, 4 * 4 * heads * width]
+        return [(heads, width), (4, heads), (4, heads), (4, heads, width)]
 
     def obstacle(self, layers: int, batch: int, capacity: int) -> str | None:
         """Why the kernel can't run so many layers of this shape with a cache for so many tokens a row, or None."""
@@ -166,7 +171,9 @@ def ring(shape: LayerShape, layers: int, batch: int) -> int:
     """The slots for which shared memory has room, beside addresses, the greatest x, and what attention needs."""
     rows, width = shape.held(batch)
     tables = 8 * layers * sum(shape.matrices), 8 * layers * 2
-    sizes = 2 * rows * width, 4 * rows, 8 * SLOTS, 8 * (width // SPAN), *tables, *shape.sides
+    queries, *warps = map(math.prod, shape.sides)
+    sides = 2 * queries, *(4 * size for size in warps)
+    sizes = 2 * rows * width, 4 * rows, 8 * SLOTS, 8 * (width // SPAN), *tables, *sides
     taken = RESERVED + sum(whole(size, ALIGNED) for size in sizes)
     return min(SLOTS, (SHARED - taken) // (2 * ROWS * SPAN))
 

@@ -317,13 +317,13 @@ class Stream:
             else:
                 self._scales[0] = scale
 
-    def _scaled(self, sums: jax.Array) -> jax.Array:
+    def _scaled(self, found: jax.Array) -> jax.Array:
         """The sums of a tile times the scales of their rows."""
         if self._batch == 1:
-            return sums * self._scales[0]
-        layout = PARTIAL.reduce((0,))
-        scales = lax.broadcast_in_dim(load(self._scales, layout.reduce((1,))), sums.shape, (0,))
-        return sums * plgpu.layout_cast(scales, layout)
+            return found * self._scales[0]
+        layout = sums(self._batch)
+        scales = lax.broadcast_in_dim(load(self._scales, layout.reduce((1,))), found.shape, (0,))
+        return found * plgpu.layout_cast(scales, layout)
 
     def multiply(self, number: jax.Array, count: jax.Array, phase: Phase, deal: Deal) -> jax.Array:
         """This block's tiles of a phase, the `number`-th of all, times the x that is held; the count behind them."""
