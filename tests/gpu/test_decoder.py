@@ -222,6 +222,34 @@ def test_layers_with_other_matrices_dense(odd, rows, rng):
     assert distance(*(followed_all(engine, prompts, forced)[1:] for engine in engines)) < 3e-2
 
 
+@kernel
+def test_what_is_no_number_does_not_stop_it():
+    """The kernel waits for some that are not there; others are."""
+    engine = engine_of("qwen3", "low-rank", gpu())
+    table = engine.model.embed_tokens.weight.shape
+    leaves = [leaf.at[7].set(jnp.nan) if leaf.shape == table else leaf for leaf in engine.leaves]
+    cache = engine.empty_cache(1, 128)
+    logits, cache = jax.jit(engine.decode_logits)(leaves, cache, jnp.array([7], jnp.int32))
+    assert np.isnan(logits).all() and np.isnan(np.asarray(cache.keys[1], np.float32)[:, 0]).all()
+
+
+@kernel
+@pytest.mark.parametrize("rows", [1, 8])
+def test_at_first_only_the_embedding_is_there(rows, rng):
+    from jaxsvd.kernels.gpu.layers import _sent
+
+    x, gain = jnp.asarray(rng.standard_normal((max(1, rows - 2), 48)), jnp.bfloat16), jnp.full((48,), 2.0, jnp.bfloat16)
+    residual, vectors, squares = map(np.asarray, jax.jit(_sent, static_argnums=(2, 3))(x, gain, rows, 160))
+    size = x.shape[0]
+    np.testing.assert_array_equal(residual[:size], np.asarray(x, np.float32))
+    np.testing.assert_array_equal(vectors[:size, :48], np.asarray(x * 2))
+    assert (vectors[:, 48:].view(np.int16) == -1).all() and vectors.shape[1] >= 320
+    np.testing.assert_allclose(squares[:size, :6].sum(1), (residual[:size] ** 2).sum(1), rtol=1e-5)
+    parts = squares.view(np.int32)[:, :512].reshape(rows, 4, 128)
+    assert (parts[:, 1:, :6] == -1).all() and not parts[:, :, 6:].any() and not squares[:, 512:].any()
+    assert not residual[size:].any() and not vectors[size:, :48].any() and not squares[size:, :6].any()
+
+
 def test_layers_of_other_widths_are_left_to_xla():
     config = ModelConfig.from_hf(COMMON | CONFIGS["qwen3"])
     config = dataclasses.replace(config, mlp_widths=((1, 256),))

@@ -71,22 +71,30 @@ class Attention:
         """RoPE pairs element i with i + head_dim/2, so heads are held as two halves."""
         return self.shape.head_dim // 2
 
+    @staticmethod
+    def spread(width: int) -> Any:
+        """How warps hold so many numbers: over the lanes, all alike."""
+        tiling = plgpu.Tiling(((4, width), (width // 32,)))
+        return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1).reduce((0,))
+
     @property
     def halves(self) -> Any:
-        """Half of a head over the lanes, in all warps alike."""
-        tiling = plgpu.Tiling(((4, self.half), (self.half // 32,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1).reduce((0,))
+        """How they hold half of a head."""
+        return self.spread(self.half)
 
     def mine(self, count: int) -> jax.Array:
         """How many of `count` items are this block's: every `blocks`-th."""
         return share(count, self.block, self.blocks)
 
-    def head(self, kind: int, row: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The halves of a row's head of q, k or v (kind 0 to 2): normed where the model does, and rotated; not v."""
-        layout = self.halves
+    def places(self, kind: int, row: jax.Array, index: jax.Array) -> list[Any]:
+        """Where the halves of a row's head of q, k or v (kind 0 to 2) are."""
         start = self.heads[kind] + index * self.shape.head_dim
-        low, high = (load(self.vectors.at[row, pl.ds(start + at, self.half)], layout) for at in (0, self.half))
-        low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+        return [self.vectors.at[row, pl.ds(start + at, self.half)] for at in (0, self.half)]
+
+    def head(self, kind: int, row: jax.Array, halves: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """What attends of them: normed where the model does, and rotated; not v."""
+        layout = self.halves
+        low, high = (half.astype(jnp.float32) for half in halves)
         if kind == 2:
             return low, high
         if self.norms:
@@ -128,8 +136,9 @@ class Attention:
         return kv_head, split, begin, jnp.minimum(begin + length, position)
 
     def position(self, kv_head: jax.Array) -> jax.Array:
-        """Of the new token of the row whose head of keys this is."""
-        return self.positions[lax.div(kv_head, self.shape.kv_heads)]
+        """Of the new token of the row whose head of keys this is: the last one, if it is behind, as XLA does."""
+        _, capacity, _ = self.caches[0].refs[0].shape
+        return jnp.minimum(self.positions[lax.div(kv_head, self.shape.kv_heads)], capacity - 1)
 
     def fill(self, stream: Stream, count: jax.Array) -> jax.Array:
         """Copy keys and values of this block's parts into the ring; the count behind them.
@@ -184,8 +193,13 @@ class Attention:
             kv_head, split, begin, end = self.part(index)
             row, own = lax.div(kv_head, shape.kv_heads), lax.rem(kv_head, shape.kv_heads)  # its number in the row
             # All is loaded and computed before anything is stored, so that nothing waits for something else.
-            key, value = self.head(1, row, own), self.head(2, row, own)
-            asked = [[x * scale for x in self.head(0, row, own * group + g)] for g in range(group)]
+            wanted = [(1, own), (2, own), *((0, own * group + g) for g in range(group))]
+            halves = stream.receive(
+                [place for kind, head in wanted for place in self.places(kind, row, head)], self.halves
+            )
+            pairs = zip(wanted, zip(halves[::2], halves[1::2], strict=True), strict=True)
+            key, value, *heads = (self.head(kind, row, pair) for (kind, _), pair in pairs)
+            asked = [[x * scale for x in head] for head in heads]
             products = [jnp.sum(query[0] * key[0] + query[1] * key[1], axis=0) for query in asked]
             # Of the new token, with which the first part begins.
             scores = [jnp.where(split == 0, product, flash.NOTHING) for product in products]
@@ -258,29 +272,29 @@ class Attention:
             for start, half in zip((0, self.half), halves, strict=True):
                 self.partial[2].at[first + head, split, pl.ds(start, self.half)][...] = half
 
-    def put(self, head: jax.Array, halves: Sequence[jax.Array]) -> None:
-        """The result of a head, one of all rows'."""
+    def put(self, head: jax.Array, pieces: Sequence[jax.Array]) -> None:
+        """The result of a head, one of all rows', a piece after the other."""
         row, own = lax.div(head, self.shape.heads), lax.rem(head, self.shape.heads)
-        for start, half in zip((0, self.half), halves, strict=True):
-            place = pl.ds(self.mixed + own * self.shape.head_dim + start, self.half)
-            self.vectors.at[row, place][...] = half.astype(jnp.bfloat16)
+        start = self.mixed + own * self.shape.head_dim
+        for piece in pieces:
+            self.vectors.at[row, pl.ds(start, piece.shape[0])][...] = piece.astype(jnp.bfloat16)
+            start += piece.shape[0]
 
     def combine(self) -> None:
         """Put the parts of each head together."""
-        layout = self.halves
+        layout, splits = self.spread(self.shape.head_dim), range(self.splits)
 
         def item(i: jax.Array, _: None) -> None:
             head = self.block + i * self.blocks
-            all_tops, all_totals, parts = self.partial
-            halves = [
-                [load(parts.at[head, split, pl.ds(start, self.half)], layout) for split in range(self.splits)]
-                for start in (0, self.half)
-            ]
-            tops = [all_tops[head, split] for split in range(self.splits)]
+            all_tops, all_totals, all_mixes = self.partial
+            mixes = [load(all_mixes.at[head, split], layout) for split in splits]
+            tops, totals = ([numbers[head, split] for split in splits] for numbers in (all_tops, all_totals))
             greatest = reduce(jnp.maximum, tops)
             weights = [jnp.exp(top - greatest) for top in tops]
-            total = reduce(jnp.add, [weight * all_totals[head, split] for split, weight in enumerate(weights)])
-            mixed = [[part * weight for part, weight in zip(half, weights, strict=True)] for half in halves]
-            self.put(head, [reduce(jnp.add, half) / total for half in mixed])
+            total, mixed = (
+                reduce(jnp.add, [one * weight for one, weight in zip(kind, weights, strict=True)])
+                for kind in (totals, mixes)
+            )
+            self.put(head, [mixed / total])
 
         lax.fori_loop(0, self.mine(self.batch * self.shape.heads), item, None)

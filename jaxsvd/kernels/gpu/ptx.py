@@ -82,27 +82,43 @@ def element(register: Any, i: int) -> Any:
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
 
-def meet(counter: Any, target: jax.Array) -> None:
-    """Add one to `counter` (1,) int32 in global memory and wait until it has reached `target` (): for a warpgroup.
+def announce(counter: Any, fenced: bool) -> None:
+    """Add one to `counter` (1,) int32 in global memory: for a warpgroup.
 
-    What any thread of a warpgroup stored before is seen by all threads of those that come out.
+    If it is `fenced`, what any thread of the warpgroup stored before is seen by all threads that have `met` by it, if
+    not, it is on its way: see `present`.
     """
 
-    def run(_: Any, counter: Any, target: Any) -> None:
+    def run(_: Any, counter: Any) -> None:
         utils.warpgroup_barrier()
         with utils.when(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)):
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
+                [utils.memref_ptr(counter)],
+                f"red.{'release' if fenced else 'relaxed'}.gpu.global.add.u32 [$0], 1;",
+                "l,~{memory}",
+                has_side_effects=True,
+            )
+
+    inline((plgpu.RefType(),), run, counter)
+
+
+def meet(counter: Any, target: jax.Array, fenced: bool) -> None:
+    """Wait until all have announced themselves, so that `counter` is at `target` (): for a warpgroup."""
+
+    def run(_: Any, counter: Any, target: Any) -> None:
+        with utils.when(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)):
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
                 [utils.memref_ptr(counter), target.registers.item()],
-                """{
+                f"""{{
                 .reg .pred met;
                 .reg .b32 seen;
-                red.release.gpu.global.add.u32 [$0], 1;
                 again:
-                ld.acquire.gpu.global.u32 seen, [$0];
+                ld.{"acquire" if fenced else "relaxed"}.gpu.global.u32 seen, [$0];
                 setp.ge.s32 met, seen, $1;
                 @!met bra again;
-                }""",
+                }}""",
                 "l,r,~{memory}",
                 has_side_effects=True,
             )
@@ -250,10 +266,10 @@ def _copy(rows: int, source: Callable[[Any], Any], size: Any, target: Any, pitch
     with utils.when(arith.cmpi(arith.CmpIPredicate.ult, at, arith.constant(i32, rows))):
         first = arith.cmpi(arith.CmpIPredicate.eq, thread(), arith.constant(i32, 0))
         barrier.arrive_expect_tx(arith.muli(size, arith.constant(i32, rows)), predicate=first)
-        row = arith.addi(_shared(utils.memref_ptr(target)), arith.muli(at, arith.constant(i32, 2 * pitch)))
+        row = arith.addi(shared(utils.memref_ptr(target)), arith.muli(at, arith.constant(i32, 2 * pitch)))
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),
-            [row, source(at), size, _shared(barrier.get_ptr())],
+            [row, source(at), size, shared(barrier.get_ptr())],
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
             "r,l,r,r,~{memory}",
             has_side_effects=True,
@@ -279,7 +295,7 @@ def bring(source: Any, row: jax.Array, start: Any, left: Any, target: Any, place
 
         inside = arith.cmpi(arith.CmpIPredicate.slt, mine, left)
         size = arith.select(inside, arith.constant(i32, 16), arith.constant(i32, 0))
-        to = _shared(place_in(target, arith.constant(i32, place)))
+        to = shared(place_in(target, arith.constant(i32, place)))
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),
             [to, place_in(source, start), size],
@@ -294,18 +310,45 @@ def bring(source: Any, row: jax.Array, start: Any, left: Any, target: Any, place
 
 def brought(barriers: Any, number: int) -> None:
     """End the phase of a barrier as soon as all copies are there that a warpgroup has begun by `bring`."""
+    _tell(barriers, number, "cp.async.mbarrier.arrive.noinc.shared.b64 [$0];")
 
+
+def tell(barriers: Any, number: int) -> None:
+    """End the phase of a barrier: for a warpgroup, what any thread of which stored is seen by those that wait."""
+    _tell(barriers, number, "{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [$0]; }")
+
+
+def _tell(barriers: Any, number: int, code: str) -> None:
     def run(_: Any, barriers: Any) -> None:
         i64 = ir.IntegerType.get_signless(64)
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [_shared(utils.getelementptr(utils.memref_ptr(barriers), [number], i64))],
-            "cp.async.mbarrier.arrive.noinc.shared.b64 [$0];",
-            "r,~{memory}",
-            has_side_effects=True,
-        )
+        barrier = shared(utils.getelementptr(utils.memref_ptr(barriers), [number], i64))
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [barrier], code, "r,~{memory}", has_side_effects=True)
 
     inline((plgpu.RefType(),), run, barriers)
+
+
+def cut() -> None:
+    """Tell what was begun by `bring` since the last time from what follows: see `present.ensure`."""
+    instruct("cp.async.commit_group;")
+
+
+def finish() -> None:
+    """Wait for all that a thread has begun by `bring`."""
+    instruct("cp.async.wait_all;")
+
+
+def fence() -> None:
+    """What a thread has stored before is where all see it, for those that hear of it later."""
+    instruct("fence.acq_rel.gpu;")
+
+
+def instruct(code: str) -> None:
+    """An instruction that takes and gives nothing."""
+
+    def run(_: Any) -> None:
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], code, "~{memory}", has_side_effects=True)
+
+    inline((), run)
 
 
 def held(slot: Any, part: int, parts: int, shape: tuple[int, ...], layout: Any) -> jax.Array:
@@ -321,7 +364,7 @@ def held(slot: Any, part: int, parts: int, shape: tuple[int, ...], layout: Any) 
     return inline((plgpu.RefType(),), run, slot, result=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=layout))
 
 
-def _shared(pointer: Any) -> Any:
+def shared(pointer: Any) -> Any:
     """An address in shared memory, 32 bits."""
     i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
     return arith.trunci(i32, llvm.ptrtoint(i64, pointer))

@@ -49,6 +49,11 @@ def height(batch: int) -> int:
     return 1 if batch == 1 else BATCH
 
 
+def loose(batch: int) -> bool:
+    """Whether blocks meet without waiting for what they have stored: of many rows too much would come too late."""
+    return batch == 1
+
+
 @dataclass(frozen=True)
 class Group:
     """Matrices that read the same x, as a kernel sees them: outputs, and padded ranks.
@@ -173,7 +178,7 @@ def ring(shape: LayerShape, layers: int, batch: int) -> int:
     tables = 8 * layers * sum(shape.matrices), 8 * layers * 2
     queries, *warps = map(math.prod, shape.sides)
     sides = 2 * queries, *(4 * size for size in warps)
-    sizes = 2 * rows * width, 4 * rows, 8 * SLOTS, 8 * (width // SPAN), *tables, *sides
+    sizes = 2 * rows * width, 4 * rows, 8 * SLOTS, 8 * (width // SPAN + 1), *tables, *sides
     taken = RESERVED + sum(whole(size, ALIGNED) for size in sizes)
     return min(SLOTS, (SHARED - taken) // (2 * ROWS * SPAN))
 

@@ -16,9 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxsvd.kernels.gpu import ptx
+from jaxsvd.kernels.gpu import present, ptx
 from jaxsvd.kernels.gpu.perlayer import load
-from jaxsvd.kernels.gpu.shape import BATCH, ROWS, SPAN, roomy, slots, whole
+from jaxsvd.kernels.gpu.shape import BATCH, ROWS, SPAN, loose, roomy, slots, whole
 
 SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add up
 
@@ -48,7 +48,7 @@ def sums(height: int) -> Any:
 
 
 def squares(width: int) -> int:
-    """How many numbers tell of the squares of a row: one for each tile that gives a part of it, and zeros."""
+    """How many numbers tell of the squares of a row: one for each of its tiles, and zeros behind these."""
     return whole(width // ROWS, 128)
 
 
@@ -78,7 +78,7 @@ class X:
     """Something that products read: elements [start, start + width) of each row of `ref` (1 or BATCH, n), bfloat16.
 
     Where the width is known at run time only, it is at most `most`. What the ring held before lies behind the edge of a
-    slot, against zeros of x: all weights, keys and values are to be finite.
+    slot, against zeros of x: all weights, keys and values are to be finite. It may be on its way: see `present`.
     """
 
     ref: Any
@@ -91,10 +91,12 @@ class X:
 class Norm:
     """RMSNorm of what products read, but for its weights, which x has been multiplied with: the sums are scaled.
 
-    `squares` (1 or BATCH, n) float32 add up to those of the `width` elements of each row: see `squares`.
+    Those elements of `squares` (1 or BATCH, n) float32 from `start` on that `squares` counts add up to the squares of
+    the `width` elements of each row.
     """
 
     squares: Any
+    start: Any
     width: int
     eps: float
 
@@ -143,13 +145,24 @@ class Phase:
 
     Each x begins in shared memory behind the whole slots of the one before, and zeros follow it there: what a slot
     holds behind the edge of its weight is left from another. If it `goes_on`, the next phase has other inputs of the
-    same tiles: each block goes on with its own, and they need not meet.
+    same tiles: each block goes on with its own, and they need not meet. If it is `fixed`, a block has the same tiles in
+    all layers and other such phases: nobody else need know what it keeps for them.
     """
 
     x: Sequence[X]
     tiles: Sequence[Tiles]
     norm: Norm | None = None
     goes_on: bool = False
+    fixed: bool = False
+
+    @property
+    def places(self) -> dict[int, X]:
+        """Where each x begins in shared memory."""
+        places, start = {}, 0
+        for x in self.x:
+            places[start] = x
+            start += roomy(x.most)
+        return places
 
 
 # Of a phase: its tiles, this block's first one of them, and how many it has.
@@ -157,17 +170,18 @@ Deal = list[tuple[Tiles, jax.Array, jax.Array]]
 
 
 class Stream:
-    """A block's ring: `fill` runs in the warpgroup that copies, `multiply` in the other.
+    """A block's ring: `fill` runs in the warpgroup that copies weights, `multiply` in the one that uses them.
 
-    Both walk the same tiles in the same order, and count the slots that they have used. `batch` is the rows of x.
+    Both walk the same tiles in the same order, and count the slots that they have used. A third one, in `hold`, brings
+    what they are multiplied with. `batch` is the rows of x.
     """
 
     def __init__(
         self, block: jax.Array, blocks: int, batch: int, slots: int, scratch: Sequence[Any], interpret: bool
     ) -> None:
         self._block, self._blocks, self._batch, self._slots, self.interpret = block, blocks, batch, slots, interpret
-        self._ring, self._held, self._scales, self._full, self._empty, self._together, self._ready, *more = scratch
-        self._arrived = more[0] if more else None
+        self._ring, self._held, self._scales, *barriers = scratch
+        self._full, self._empty, self._together, self._ready, self._left, self._arrived = barriers
 
     @staticmethod
     def scratch(slots: int, held: tuple[int, int], interpret: bool) -> list[Any]:
@@ -180,38 +194,42 @@ class Stream:
             plgpu.Barrier(num_barriers=slots),
             plgpu.Barrier(),
             plgpu.Barrier(),
-            *([] if interpret else [plgpu.SMEM((held[1] // SPAN, 2), jnp.int32)]),
+            plgpu.Barrier(),
+            plgpu.Barrier() if interpret else plgpu.SMEM((held[1] // SPAN + 1, 2), jnp.int32),
         ]
 
     def open(self) -> None:
-        """Before `fill`: a ring of zeros, as what is behind the edge of a weight is multiplied, if only with zeros."""
+        """Before `fill`: zeros in the ring, as what is behind an edge is multiplied, and in rows of no token."""
         if not self.interpret:
             ptx.prepare(self._full, 1)
             ptx.prepare(self._arrived, 128)
             layout = plgpu.Layout.WG_STRIDED((ROWS, SPAN), 8)
             for slot in range(self._slots):
                 self._ring.at[slot][...] = full(0.0, (ROWS, SPAN), layout, jnp.bfloat16)
+            if self._batch < self._held.shape[0]:
+                for span in range(self._spans):
+                    columns(self._held, span * SPAN, SPAN)[...] = full(0.0, (ROWS, SPAN), TILE, jnp.bfloat16)
             plgpu.commit_smem()
         plgpu.barrier_arrive(self._ready)
 
     def join(self) -> None:
-        """Before `multiply`: wait until the ring is open."""
+        """Before `multiply`, and before `hold`: wait until the ring is open."""
         plgpu.barrier_wait(self._ready)
 
     def deal(self, phases: Sequence[Phase]) -> list[Deal]:
         """What this block has of each phase.
 
-        Each deal begins with the block where the one before ended, which evens out the remainders.
+        Each deal but the fixed ones begins with the block where the one before ended: this evens out the remainders.
         """
         shift, deals = jnp.int32(0), []
         for phase in phases:
             deals.append([])
-            behind = shift
+            behind = jnp.int32(0) if phase.fixed else shift
             for tiles in phase.tiles:
                 first = lax.rem(self._block + (self._blocks - behind), self._blocks)
                 deals[-1].append((tiles, first, share(tiles.count, first, self._blocks)))
                 behind = lax.rem(behind + tiles.count, self._blocks)
-            shift = shift if phase.goes_on else behind
+            shift = shift if phase.goes_on or phase.fixed else behind
         return deals
 
     def _row(self, first: jax.Array, i: jax.Array) -> jax.Array:
@@ -271,23 +289,33 @@ class Stream:
 
         lax.fori_loop(jnp.maximum(count - self._slots, 0), count, wait, None)
 
-    def hold(self, phase: Phase) -> None:
-        """Start to bring what a phase reads to shared memory, bfloat16, a slot's inputs after the other.
+    def leave(self) -> None:
+        """Before `multiply`: what is held is not read any more, and `hold` may bring the next x."""
+        plgpu.barrier_arrive(self._left)
 
-        All threads have left the phase before. A block's first tile waits for them, each as it comes to it.
+    def hold(self, phase: Phase, meet: Callable[[], None]) -> None:
+        """Bring what a phase reads to shared memory, bfloat16, a slot's inputs after the other.
+
+        First it waits until the phase before has been left, and for the blocks, to `meet`.
         """
-        place = 0
-        for x in phase.x:
-            for part in range(0, roomy(x.most), SPAN):
-                self._bring(x, part, place)
-                place += SPAN
-        if not self.interpret:
-            for unused in range(place // SPAN, self._spans):
-                ptx.brought(self._arrived, unused)
+        plgpu.barrier_wait(self._left)
+        meet()
+        parts = [(x, part, place + part) for place, x in phase.places.items() for part in range(0, roomy(x.most), SPAN)]
+        for x, part, place in parts:
+            self._bring(x, part, place)
         if phase.norm:
             self._scale(phase.norm)
-        if phase.norm or self.interpret:
-            self.together()
+        if self.interpret:
+            plgpu.barrier_arrive(self._arrived)
+            return
+        if loose(self._batch):
+            for behind, (x, part, place) in zip(reversed(range(len(parts))), parts, strict=True):
+                present.ensure(x.ref, self._batch, x.start + part, self._held, place, behind)
+                ptx.tell(self._arrived, place // SPAN)
+        for unused in range(len(parts), self._spans):
+            ptx.tell(self._arrived, unused)
+        ptx.finish()
+        ptx.tell(self._arrived, self._spans)
 
     def _bring(self, x: X, part: int, place: int) -> None:
         """Start to copy the elements of x from `part` on to `place` of what is held, and zeros behind its end."""
@@ -303,19 +331,32 @@ class Stream:
 
         lax.fori_loop(0, self._batch, row, None)
         if not self.interpret:
-            ptx.brought(self._arrived, place // SPAN)
+            ptx.cut() if loose(self._batch) else ptx.brought(self._arrived, place // SPAN)
 
     def _scale(self, norm: Norm) -> None:
         """Put the scales of all rows into shared memory: a warp has a row, or all have the one."""
-        several, size = self._batch > 1, norm.squares.shape[1]
+        several, columns = self._batch > 1, pl.ds(norm.start, squares(norm.width))
+        layout = APIECE if several else APIECE.reduce((0,))
         for first in range(0, self._batch, 4):
             rows = pl.ds(first, 4) if several else 0
-            each = load(norm.squares.at[rows, pl.ds(0, size)], APIECE if several else APIECE.reduce((0,)))
+            (each,) = self.receive([norm.squares.at[rows, columns]], layout)
             scale = lax.rsqrt(jnp.sum(each, axis=-1) / norm.width + norm.eps)
             if several:
                 self._scales.at[rows][...] = scale
             else:
                 self._scales[0] = scale
+
+    def peek(self, refs: Sequence[Any], layout: Any) -> list[jax.Array]:
+        """Begin to `receive`."""
+        return [load(ref, layout) for ref in refs] if self.interpret else present.peek(refs, layout)
+
+    def settle(self, refs: Sequence[Any], found: Sequence[jax.Array], layout: Any) -> list[jax.Array]:
+        """End what `peek` has begun."""
+        return list(found) if self.interpret else present.settle(refs, found, layout)
+
+    def receive(self, refs: Sequence[Any], layout: Any) -> list[jax.Array]:
+        """What blocks have sent, or are about to: regions of global memory in a layout. See `present`."""
+        return self.settle(refs, self.peek(refs, layout), layout)
 
     def _scaled(self, found: jax.Array) -> jax.Array:
         """The sums of a tile times the scales of their rows."""
@@ -327,6 +368,8 @@ class Stream:
 
     def multiply(self, number: jax.Array, count: jax.Array, phase: Phase, deal: Deal) -> jax.Array:
         """This block's tiles of a phase, the `number`-th of all, times the x that is held; the count behind them."""
+        if self.interpret:
+            plgpu.barrier_wait(self._arrived)
         for tiles, first, mine in deal:
 
             def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, first: Any = first) -> jax.Array:
@@ -335,14 +378,19 @@ class Stream:
                 for member in tiles.members:
                     sums.append(self._product(count, member, i == 0, number))
                     count = count + member.slots
+                if phase.norm:
+                    pl.when(i == 0)(partial(self._await, self._spans, number))
                 tiles.store(row, list(map(self._scaled, sums)) if phase.norm else sums, early)
                 return count
 
             count = lax.fori_loop(0, mine, tile, count)
-        if not self.interpret:
-            # A block without a tile has not waited, and x comes to the same place again: the last is there last.
-            ptx.wait(self._arrived, jnp.int32(self._spans - 1), lax.rem(number, 2))
+        self._await(self._spans, number)  # a block without a tile has not waited
         return count
+
+    def _await(self, span: Any, number: jax.Array) -> None:
+        """Wait until a slot's inputs of the `number`-th phase are there, or all of them, and the scales."""
+        if not self.interpret:
+            ptx.wait(self._arrived, jnp.asarray(span, jnp.int32), lax.rem(number, 2))
 
     @property
     def _spans(self) -> int:
@@ -355,15 +403,9 @@ class Stream:
         layouts = partial_sums(rows), TILE, inputs(rows)
 
         def add(part: jax.Array, sums: jax.Array) -> jax.Array:
-            @pl.when(first)
-            def arrival() -> None:
-                if not self.interpret:
-                    ptx.wait(self._arrived, member.x // SPAN + part, lax.rem(number, 2))
-
-            def read(slot: Any) -> tuple[jax.Array, jax.Array]:
-                return load(slot, TILE), load(columns(self._held, member.x + part * SPAN, SPAN), layouts[2])
-
-            weights, x = self.take(count + part, read)
+            pl.when(first)(lambda: self._await(member.x // SPAN + part, number))
+            held = columns(self._held, member.x + part * SPAN, SPAN)
+            weights, x = self.take(count + part, lambda slot: (load(slot, TILE), load(held, layouts[2])))
             if not self.interpret:
                 return ptx.multiply(sums, weights, x, layouts)
             shape = (-1, SPAN // 128, 4, 32)  # the same as PTX does

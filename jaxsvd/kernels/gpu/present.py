@@ -1,0 +1,225 @@
+"""Numbers in global memory that tell whether they are there.
+
+A block need not wait until what it has stored is where others see it, which takes longer than to tell them that it is
+on its way: until then they find what was there before, nothing but ones in every bit, and read again. No arithmetic
+ends like that, as what is not a number is another one. So what is sent must have been cleared, with a fence between.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from jaxsvd.kernels.gpu import ptx
+
+
+def nothing(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Numbers that are not there, for XLA: as integers, lest it makes anything else of what is not a number."""
+    return jnp.full(shape, -1, f"int{8 * jnp.dtype(dtype).itemsize}")
+
+
+def clear(ref: Any, start: Any, size: int, block: jax.Array, blocks: int) -> None:
+    """Take away elements [start, start + size) of each row, every block its part: for a warpgroup.
+
+    A `ptx.fence` is to follow. Rows are to begin at multiples of 16 bytes, and so is `start`.
+    """
+
+    def run(_: Any, ref: Any, *numbers: Any) -> None:
+        i32, kind = ir.IntegerType.get_signless(32), ir.MemRefType(ref.type)
+        start, block = (value.registers.item() for value in numbers)
+        bits = utils.bitwidth(kind.element_type)
+        words = 4 if size * bits % 128 == 0 else 1  # that a thread takes at once
+        rows, pitch, each = kind.shape[0], kind.get_strides_and_offset()[0][0], size * bits // (32 * words)
+        first = arith.addi(arith.muli(block, arith.constant(i32, utils.WARPGROUP_SIZE)), ptx.thread())
+        threads = blocks * utils.WARPGROUP_SIZE
+        many = f".v{words}" if words > 1 else ""
+        for i in range(-(-rows * each // threads)):
+            number = arith.addi(first, arith.constant(i32, i * threads))
+            with utils.when(arith.cmpi(arith.CmpIPredicate.ult, number, arith.constant(i32, rows * each))):
+                row, column = (op(number, arith.constant(i32, each)) for op in (arith.divui, arith.remui))
+                at = arith.addi(arith.muli(row, arith.constant(i32, pitch)), start)
+                at = arith.addi(at, arith.muli(column, arith.constant(i32, 32 * words // bits)))
+                llvm.inline_asm(
+                    ir.Type.parse("!llvm.void"),
+                    [_pointer(ref, at), arith.constant(i32, -1)],
+                    f"st.relaxed.gpu.global{many}.b32 [$0], {{{', '.join(['$1'] * words)}}};",
+                    "l,r,~{memory}",
+                    has_side_effects=True,
+                )
+
+    numbers = (jnp.asarray(number, jnp.int32) for number in (start, block))
+    ptx.inline((plgpu.RefType(), ptx.NUMBER, ptx.NUMBER), run, ref, *numbers)
+
+
+def ensure(source: Any, rows: int, start: Any, target: Any, place: int, behind: int) -> None:
+    """Wait for what this thread has begun to copy by `ptx.bring`, and copy what was not there again, until it is.
+
+    It is of so many `rows`, from element `start` on there to `place` here; `behind` it others follow, each `ptx.cut`.
+    """
+
+    def run(_: Any, source: Any, target: Any, start: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        mine = arith.muli(ptx.thread(), arith.constant(i32, 8))
+        given = (
+            ptx.shared(_pointer(target, arith.addi(mine, arith.constant(i32, place)))),
+            _pointer(source, arith.addi(mine, start.registers.item())),
+        )
+        pitches = [2 * ir.MemRefType(ref.type).get_strides_and_offset()[0][0] for ref in (target, source)]
+        # Where chunks of 16 bytes are, here and there.
+        places = [[row * pitch for pitch in pitches] for row in range(rows)]
+        most = "max.u16x2 a, a, b; max.u16x2 c, c, d; max.u16x2 a, a, c;"
+        read = [f"ld.shared.v4.b32 {{a, b, c, d}}, [$0+{here}]; {most}" for here, _ in places]
+        copy = [f"@gone cp.async.cg.shared.global [$0+{here}], [$1+{there}], 16;" for here, there in places]
+        code = f"""{{
+        .reg .pred gone;
+        .reg .b32 a, b, c, d, all;
+        cp.async.wait_group {behind};
+        look:
+        mov.b32 all, 0;
+        {" ".join(f"{one} max.u16x2 all, all, a;" for one in read)}
+        {_gone("all")}
+        @!gone bra over;
+        {" ".join(f"{one} {_gone('a')} {again}" for one, again in zip(read, copy, strict=True))}
+        cp.async.wait_all;
+        bra look;
+        over:
+        }}"""
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), list(given), code, "r,l,~{memory}", has_side_effects=True)
+
+    types = plgpu.RefType(), plgpu.RefType(), ptx.NUMBER
+    ptx.inline(types, run, source, target, jnp.asarray(start, jnp.int32))
+
+
+def _gone(word: str) -> str:
+    """Whether one of two halves is all ones: if and only if a bit of these remains."""
+    return f"sub.u32 b, 0xfffefffe, {word}; and.b32 b, b, {word}; and.b32 b, b, 0x80008000; setp.ne.u32 gone, b, 0;"
+
+
+def peek(refs: Sequence[Any], layout: Any) -> list[jax.Array]:
+    """Read regions into registers in a layout, whether they are there or not."""
+
+    def run(_: Any, *refs: Any) -> list[Any]:
+        return [_array(ref, layout, [_load(place, width) for place, width in _places(ref, layout)]) for ref in refs]
+
+    return ptx.inline((plgpu.RefType(),) * len(refs), run, *refs, result=_results(refs, layout))
+
+
+def settle(refs: Sequence[Any], found: Sequence[jax.Array], layout: Any) -> list[jax.Array]:
+    """What `peek` has found in them, but of what was not there what comes."""
+
+    def run(_: Any, *given: Any) -> list[Any]:
+        refs, found = given[: len(given) // 2], given[len(given) // 2 :]
+        places = [place for ref in refs for place in _places(ref, layout)]
+        settled = iter(_settled(places, [register for array in found for register in array.registers.flat]))
+        return [
+            _array(ref, layout, [next(settled) for _ in array.registers.flat])
+            for ref, array in zip(refs, found, strict=True)
+        ]
+
+    types = (*(plgpu.RefType() for _ in refs), *(layout for _ in refs))
+    return ptx.inline(types, run, *refs, *found, result=_results(refs, layout))
+
+
+def _results(refs: Sequence[Any], layout: Any) -> list[Any]:
+    return [plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=layout) for ref in refs]
+
+
+def _array(ref: Any, layout: Any, vectors: Sequence[Any]) -> Any:
+    chosen, shape = layout.to_mgpu(), tuple(ir.MemRefType(ref.type).shape)
+    registers = np.empty(chosen.registers_shape(shape), dtype=object)
+    registers.flat[:] = vectors
+    return mgpu.FragmentedArray(_registers=registers, _layout=chosen, _is_signed=None)
+
+
+def _places(ref: Any, layout: Any) -> list[tuple[Any, Any]]:
+    """Pointers to what this thread has of a region, a register each, and the register's type."""
+    kind, chosen = ir.MemRefType(ref.type), layout.to_mgpu()
+    register = ir.VectorType.get((chosen.vector_length,), kind.element_type)
+    return [(place(ref, index), register) for index in chosen.thread_idxs(tuple(kind.shape))]
+
+
+def place(ref: Any, index: Sequence[Any]) -> Any:
+    """The pointer to an element of a reference."""
+    i32 = ir.IntegerType.get_signless(32)
+    at = arith.constant(i32, 0)
+    for number, stride in zip(index, ir.MemRefType(ref.type).get_strides_and_offset()[0], strict=True):
+        at = arith.addi(at, arith.muli(arith.index_cast(i32, number), arith.constant(i32, stride)))
+    return _pointer(ref, at)
+
+
+def _pointer(ref: Any, at: Any) -> Any:
+    at = arith.extsi(ir.IntegerType.get_signless(64), at)
+    return utils.getelementptr(utils.memref_ptr(ref), [at], ir.MemRefType(ref.type).element_type)
+
+
+def _words(register: Any) -> list[Any]:
+    """A register's bits, 32 to each; a lone half one has zeros above."""
+    i16, i32 = (ir.IntegerType.get_signless(bits) for bits in (16, 32))
+    kind = ir.VectorType(register.type)
+    bits = kind.shape[0] * utils.bitwidth(kind.element_type)
+    if bits < 32:
+        half = vector.bitcast(ir.VectorType.get((1,), i16), register)
+        return [arith.extui(i32, ptx.element(half, 0))]
+    whole = vector.bitcast(ir.VectorType.get((bits // 32,), i32), register)
+    return [ptx.element(whole, i) for i in range(bits // 32)]
+
+
+def _register(words: Sequence[Any], kind: Any) -> Any:
+    """The register of these bits."""
+    i16, i32 = (ir.IntegerType.get_signless(bits) for bits in (16, 32))
+    if kind.shape[0] * utils.bitwidth(kind.element_type) < 32:
+        half = vector.from_elements(ir.VectorType.get((1,), i16), [arith.trunci(i16, words[0])])
+        return vector.bitcast(kind, half)
+    return vector.bitcast(kind, vector.from_elements(ir.VectorType.get((len(words),), i32), words))
+
+
+def _read(kind: Any, targets: Sequence[str], pointer: str) -> str:
+    """The instruction that reads a register's words from where all blocks see the same."""
+    if kind.shape[0] * utils.bitwidth(kind.element_type) < 32:
+        return f"ld.relaxed.gpu.global.u16 {targets[0]}, [{pointer}];"
+    many = f".v{len(targets)}" if len(targets) > 1 else ""
+    return f"ld.relaxed.gpu.global{many}.b32 {{{', '.join(targets)}}}, [{pointer}];"
+
+
+def _load(pointer: Any, kind: Any) -> Any:
+    count = max(1, kind.shape[0] * utils.bitwidth(kind.element_type) // 32)
+    targets = [f"${i}" for i in range(count)]
+    return _register(_assembled(_read(kind, targets, f"${count}"), count, [pointer], []), kind)
+
+
+def _settled(places: Sequence[tuple[Any, Any]], registers: Sequence[Any]) -> list[Any]:
+    """Registers that were read at some places, but read again, all that were not there at once, until they are."""
+    words = list(map(_words, registers))
+    starts = np.cumsum([0, *map(len, words)]).tolist()
+    lines = ["look:", "mov.b32 any, 0;"]
+    for i, (start, end) in enumerate(pairwise(starts)):
+        targets, (_, kind) = [f"${word}" for word in range(start, end)], places[i]
+        lines += ["mov.b32 a, 0;"]
+        for target in targets:
+            if utils.bitwidth(kind.element_type) == 32:
+                lines += [f"set.eq.u32.u32 b, {target}, 0xffffffff;", "or.b32 a, a, b;"]
+            else:
+                lines += [f"max.u16x2 a, a, {target};"]
+        lines += ["setp.ne.u32 gone, a, 0;" if utils.bitwidth(kind.element_type) == 32 else _gone("a")]
+        lines += ["@gone mov.b32 any, 1;", f"@gone {_read(kind, targets, f'${starts[-1] + i}')}"]
+    lines += ["setp.ne.u32 gone, any, 0;", "@gone bra look;"]
+    code = "{\n.reg .pred gone;\n.reg .b32 a, b, any;\n" + "\n".join(lines) + "\n}"
+    found = _assembled(code, starts[-1], [pointer for pointer, _ in places], [one for each in words for one in each])
+    return [_register(found[start:end], kind) for (start, end), (_, kind) in zip(pairwise(starts), places, strict=True)]
+
+
+def _assembled(code: str, count: int, pointers: Sequence[Any], words: Sequence[Any]) -> list[Any]:
+    """Words that PTX gives of pointers and, if any, of what the words were before."""
+    i32 = ir.IntegerType.get_signless(32)
+    kind = i32 if count == 1 else llvm.StructType.get_literal([i32] * count)
+    constraints = ["=&r"] * count + ["l"] * len(pointers) + [str(i) for i in range(len(words))] + ["~{memory}"]
+    made: Any = llvm.inline_asm(kind, [*pointers, *words], code, ",".join(constraints), has_side_effects=True)
+    return [made] if count == 1 else [llvm.extractvalue(i32, made, [i]) for i in range(count)]
