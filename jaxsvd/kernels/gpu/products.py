@@ -160,8 +160,12 @@ class Products:
         return [X(self.buffers.vectors, places[i], group.ranks[i], group.deepest[i]) for i in group.low_rank], members
 
     def _passing(self, group: Group, places: Sequence[Any], row: jax.Array) -> list[Any]:
-        """What the first product gave of members that are dense, here or in other layers."""
-        return [columns(self.buffers.vectors, places[i] + row, ROWS) for i in group.dense]
+        """What the first product gave of members that are dense, or of those that are so in other layers anything.
+
+        What nobody sends must not be waited for: of these it is the beginning.
+        """
+        rows = ((i, group.unless_dense(i, 0, row)) for i in group.dense)
+        return [columns(self.buffers.vectors, places[i] + at, ROWS) for i, at in rows]
 
     def _peek(self, group: Group, places: Sequence[Any], row: jax.Array) -> list[jax.Array]:
         """The same, loaded, but not there yet perhaps."""

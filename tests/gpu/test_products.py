@@ -1,0 +1,129 @@
+"""What blocks wait for is sent: were it not, a GPU would hang, and Pallas' interpreter does not wait."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from jaxsvd.config import ModelConfig
+from jaxsvd.kernels.gpu import GPU, _shapes
+from jaxsvd.kernels.gpu.shape import ROWS, aligned, height
+from jaxsvd.models import build
+from jaxsvd.weights import AbstractWeights
+
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 128,
+    "hidden_size": 192,
+    "intermediate_size": 4160,  # which of several rows goes in two pieces
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+# The ranks of matrices in a layer, by their names; others are dense.
+RANKS = {
+    "dense": lambda layer, name: None,
+    "low-rank": lambda layer, name: 64,
+    "other-ranks": lambda layer, name: 48 + 16 * layer,
+    "other-matrices": lambda layer, name: None if (len(name) + layer) % 3 == 0 else 32,
+    "one-dense-layer": lambda layer, name: None if layer == 1 else 32,
+}
+
+
+class Buffer:
+    """Vectors in global memory: which elements of a row are there."""
+
+    def __init__(self):
+        self.there = set()
+        self.shape = (1, 0)
+
+    def send(self, start, size):
+        self.there |= set(range(int(start), int(start) + size))
+
+    def expect(self, start, size):
+        assert set(range(int(start), int(start) + int(size))) <= self.there
+
+
+class Anything:
+    """Another buffer, or any of it."""
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, _):
+        return self
+
+    def __setitem__(self, _, value):
+        pass
+
+
+class Region:
+    """Some elements of a buffer."""
+
+    def __init__(self, buffer, start, size):
+        self.buffer, self.start, self.size = buffer, start, size
+
+    def __setitem__(self, _, value):
+        if isinstance(self.buffer, Buffer):
+            self.buffer.send(self.start, self.size)
+
+    def expect(self):
+        self.buffer.expect(self.start, self.size)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_what_is_read_was_sent(ranks, batch, monkeypatch):
+    from jaxsvd.kernels.gpu import products
+    from jaxsvd.kernels.gpu.products import Buffers, Products
+
+    def rank(path, inputs, outputs):
+        _, _, layer, _, name = path.split(".")
+        return RANKS[ranks](int(layer), name)
+
+    results = jnp.zeros((8, ROWS) if batch > 1 else (ROWS,))
+    iota = SimpleNamespace(
+        broadcasted_iota=lambda dtype, shape, axis, layout: lax.broadcasted_iota(dtype, shape, axis),
+        layout_cast=lambda array, _: jnp.broadcast_to(array, results.shape),
+    )
+    monkeypatch.setattr(products, "plgpu", iota)
+    monkeypatch.setattr(
+        products, "load", lambda ref, layout: results if isinstance(ref, Region) else results.reshape(-1)[:ROWS]
+    )
+    monkeypatch.setattr(products, "columns", Region)
+
+    def peek(refs, layout):
+        for ref in refs:
+            ref.expect()
+        return [results] * len(refs)
+
+    stream = SimpleNamespace(peek=peek, settle=lambda refs, found, layout: found)
+    shapes = aligned(_shapes(*build(ModelConfig.from_hf(CONFIG), AbstractWeights(jnp.bfloat16, rank), GPU())._form))
+    anything = Anything()
+    vectors = Buffer()
+    for number, shape in enumerate(shapes):
+        weights = [[None] * count for count in shape.matrices]
+        buffers = Buffers(anything, vectors, anything, anything)
+        arguments = weights, (anything, anything), buffers, stream, height(batch)
+        room = Products(shape, 0, len(shapes), *arguments).size
+        layer = Products(shape, number, len(shapes), *arguments, room)
+        if number == 0:
+            vectors.send(layer.normed[0], shape.qkv.inputs)
+        for i, phase in enumerate(layer.phases):
+            if i == len(layer.before):
+                for start, size in zip(layer.heads, shape.qkv.outputs, strict=True):
+                    vectors.expect(start, size)
+                vectors.send(layer.mixed, shape.o.inputs)
+            for x in phase.x:
+                vectors.expect(x.start, x.width)
+            for tiles in phase.tiles:
+                for row in range(0, int(tiles.rows), ROWS):
+                    tiles.store(row, [results] * len(tiles.members), tiles.early(row))
+        # All that this layer has sent for itself is taken away; the next one finds what it begins with.
+        begins = layer.normed[0] % room + (number + 1) % 2 * room
+        vectors.there &= set(range(begins, begins + shape.qkv.inputs))
