@@ -9,14 +9,15 @@ from jax import lax
 from jaxsvd.kernels.gpu import JAX, obstacle
 from jaxsvd.kernels.gpu.shape import SPAN
 
-WIDTHS = (SPAN, jnp.bfloat16), (SPAN, jnp.bfloat16), (512, jnp.float32)
+WIDE = 2 * SPAN
+WIDTHS = (WIDE, jnp.bfloat16), (WIDE, jnp.bfloat16), (512, jnp.float32)
 runs = obstacle(jax.local_devices()[0]) is None
 kernel = pytest.mark.skipif(jax.__version_info__ < JAX, reason="the kernel is written for jax 0.11")
 
 
 @pytest.mark.skipif(not runs, reason="needs a Hopper GPU")
 def test_what_is_late_is_waited_for(rng):
-    halves = jnp.asarray(rng.standard_normal((2, SPAN)), jnp.bfloat16)
+    halves = jnp.asarray(rng.standard_normal((2, WIDE)), jnp.bfloat16)
     halves = halves.at[:, 3].set(jnp.nan)  # which is there, too
     singles = jnp.asarray(rng.standard_normal((1, 512)), jnp.float32)
     received = jax.jit(exchange())(halves, singles)
@@ -32,7 +33,7 @@ def test_what_is_late_is_waited_for(rng):
 
 @kernel
 def test_it_is_lowered_for_a_gpu_anywhere():
-    shapes = (jax.ShapeDtypeStruct((2, SPAN), jnp.bfloat16), jax.ShapeDtypeStruct((1, 512), jnp.float32))
+    shapes = (jax.ShapeDtypeStruct((2, WIDE), jnp.bfloat16), jax.ShapeDtypeStruct((1, 512), jnp.float32))
     jax.jit(exchange()).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
@@ -59,9 +60,11 @@ def exchange():
         @pl.when(block == 1)
         def wait():
             peeked = present.peek([sent.at[1]], layouts[0]), present.peek([numbers.at[0]], layouts[1])
-            ptx.bring(sent, jnp.int32(0), jnp.int32(0), jnp.int32(SPAN), held, 0)
-            ptx.cut()
-            present.ensure(sent, 1, jnp.int32(0), held, 0, 0)
+            for part in (0, SPAN):
+                ptx.bring(sent, jnp.int32(0), jnp.int32(part), jnp.int32(SPAN), held, part)
+                ptx.cut()
+            for behind, part in ((1, 0), (0, SPAN)):
+                present.ensure(sent, jnp.int32(part), held, part, behind)
             plgpu.barrier_arrive(barrier)
             plgpu.barrier_wait(barrier)
             brought.at[0][...] = load(held.at[0], layouts[0])
@@ -75,7 +78,7 @@ def exchange():
     run = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((1, width), dtype) for width, dtype in WIDTHS],
-        scratch_types=[plgpu.SMEM((1, SPAN), jnp.bfloat16), plgpu.Barrier()],
+        scratch_types=[plgpu.SMEM((1, WIDE), jnp.bfloat16), plgpu.Barrier()],
         grid=(2,),
         grid_names=("block",),
         num_threads=1,

@@ -48,6 +48,33 @@ class Buffer:
         assert set(range(int(start), int(start) + int(size))) <= self.there
 
 
+class Squares:
+    """Of a row's tiles."""
+
+    def __init__(self):
+        self.there = set()
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        return Square(self, int(index[1]))
+
+    def __setitem__(self, index, value):
+        self.there.add(int(index[1]))
+
+
+class Square:
+    """One of them, of all rows."""
+
+    def __init__(self, squares, tile):
+        self.squares, self.tile = squares, tile
+
+    def __setitem__(self, _, value):
+        self.squares.there.add(self.tile)
+
+
 class Anything:
     """Another buffer, or any of it."""
 
@@ -81,6 +108,7 @@ class Region:
 def test_what_is_read_was_sent(ranks, batch, monkeypatch):
     from jaxsvd.kernels.gpu import products
     from jaxsvd.kernels.gpu.products import Buffers, Products
+    from jaxsvd.kernels.gpu.stream import squares as parts
 
     def rank(path, inputs, outputs):
         _, _, layer, _, name = path.split(".")
@@ -105,15 +133,18 @@ def test_what_is_read_was_sent(ranks, batch, monkeypatch):
     stream = SimpleNamespace(peek=peek, settle=lambda refs, found, layout: found)
     shapes = aligned(_shapes(*build(ModelConfig.from_hf(CONFIG), AbstractWeights(jnp.bfloat16, rank), GPU())._form))
     anything = Anything()
-    vectors = Buffer()
+    vectors, squares = Buffer(), Squares()
     for number, shape in enumerate(shapes):
+        if len(set(shapes)) > 1:
+            shape = shape.of([jnp.int32(rank) for rank in shape.ranks])  # as the kernel has them
         weights = [[None] * count for count in shape.matrices]
-        buffers = Buffers(anything, vectors, anything, anything)
+        buffers = Buffers(anything, vectors, squares, anything)
         arguments = weights, (anything, anything), buffers, stream, height(batch)
         room = Products(shape, 0, len(shapes), *arguments).size
         layer = Products(shape, number, len(shapes), *arguments, room)
         if number == 0:
             vectors.send(layer.normed[0], shape.qkv.inputs)
+            squares.there = set(range(shape.qkv.inputs // ROWS))
         for i, phase in enumerate(layer.phases):
             if i == len(layer.before):
                 for start, size in zip(layer.heads, shape.qkv.outputs, strict=True):
@@ -121,9 +152,13 @@ def test_what_is_read_was_sent(ranks, batch, monkeypatch):
                 vectors.send(layer.mixed, shape.o.inputs)
             for x in phase.x:
                 vectors.expect(x.start, x.width)
+            if phase.norm:
+                assert set(range(phase.norm.start, phase.norm.start + phase.norm.width // ROWS)) <= squares.there
             for tiles in phase.tiles:
                 for row in range(0, int(tiles.rows), ROWS):
                     tiles.store(row, [results] * len(tiles.members), tiles.early(row))
         # All that this layer has sent for itself is taken away; the next one finds what it begins with.
         begins = layer.normed[0] % room + (number + 1) % 2 * room
         vectors.there &= set(range(begins, begins + shape.qkv.inputs))
+        begins = (number + 1) % 2 * 2 * parts(shape.qkv.inputs)
+        squares.there &= set(range(begins, begins + parts(shape.qkv.inputs)))

@@ -3,9 +3,9 @@
 For a few rows a step is a chain of matrix-vector products, and its floor is the time to read the weights. What keeps a
 chain of kernels from that floor is not bandwidth but the gaps: a launch, a first load, a ragged tail, some twenty times
 a layer. Here the blocks stay, one on each multiprocessor. While one warpgroup streams the block's share of all weights
-(`jaxsvd.kernels.gpu.stream`), the other multiplies; between two products that depend on each other all blocks meet at
-a counter in global memory, and meanwhile the ring fills. They do not wait there for what they send each other to
-arrive, as its reader sees whether it has (`jaxsvd.kernels.gpu.present`), but once a layer.
+(`jaxsvd.kernels.gpu.stream`), another multiplies it with what a third brings; between two products that depend on each
+other all blocks meet at a counter in global memory, and meanwhile the ring fills. Of one row they wait there but once a
+layer for what they send each other to arrive, as its reader sees whether it has (`jaxsvd.kernels.gpu.present`).
 
 Sums, norms, RoPE and the residual stream are float32; what one product gives to the next is bfloat16, in attention too.
 """
@@ -29,7 +29,9 @@ from jaxsvd.kernels.gpu.products import Buffers, Products
 from jaxsvd.kernels.gpu.shape import ROWS, SPAN, LayerShape, aligned, height, loose, ring
 from jaxsvd.kernels.gpu.stream import SCRATCH, Stream, squares
 
-REGISTERS, OTHERS = 232, 136  # of a thread that multiplies, and of those that copy: no more than 512 in all
+# Of a thread that multiplies, and of those that copy: no more in all than 3·168, with which three warpgroups begin.
+# More would be waited for without an end.
+REGISTERS, OTHERS = 232, 136
 
 
 def _sent(x: jax.Array, gain: jax.Array, rows: int, room: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -139,7 +141,7 @@ def make_layers(
                     met = sum(not phase.goes_on for phase in products.before)
                     meet(layer, met, fenced)
                     count = attention.attend(stream, count)
-                    announce(fenced=fenced or parted)
+                    announce(fenced=True)
                     if parted:
                         meet(layer, met + 1, fenced=True)
                         attention.combine()

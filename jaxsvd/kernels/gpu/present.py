@@ -59,40 +59,36 @@ def clear(ref: Any, start: Any, size: int, block: jax.Array, blocks: int) -> Non
     ptx.inline((plgpu.RefType(), ptx.NUMBER, ptx.NUMBER), run, ref, *numbers)
 
 
-def ensure(source: Any, rows: int, start: Any, target: Any, place: int, behind: int) -> None:
-    """Wait for what this thread has begun to copy by `ptx.bring`, and copy what was not there again, until it is.
+def ensure(source: Any, start: Any, target: Any, place: int, behind: int) -> None:
+    """Wait for what this thread has begun to copy of a row by `ptx.bring`, and copy it again while it was not there.
 
-    It is of so many `rows`, from element `start` on there to `place` here; `behind` it others follow, each `ptx.cut`.
+    It went from element `start` there to `place` here; `behind` it others followed, each `ptx.cut` from the next.
     """
 
     def run(_: Any, source: Any, target: Any, start: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
         mine = arith.muli(ptx.thread(), arith.constant(i32, 8))
-        given = (
+        given = [
             ptx.shared(_pointer(target, arith.addi(mine, arith.constant(i32, place)))),
             _pointer(source, arith.addi(mine, start.registers.item())),
-        )
-        pitches = [2 * ir.MemRefType(ref.type).get_strides_and_offset()[0][0] for ref in (target, source)]
-        # Where chunks of 16 bytes are, here and there.
-        places = [[row * pitch for pitch in pitches] for row in range(rows)]
-        most = "max.u16x2 a, a, b; max.u16x2 c, c, d; max.u16x2 a, a, c;"
-        read = [f"ld.shared.v4.b32 {{a, b, c, d}}, [$0+{here}]; {most}" for here, _ in places]
-        copy = [f"@gone cp.async.cg.shared.global [$0+{here}], [$1+{there}], 16;" for here, there in places]
+        ]
         code = f"""{{
         .reg .pred gone;
-        .reg .b32 a, b, c, d, all;
+        .reg .b32 a, b, c, d;
         cp.async.wait_group {behind};
         look:
-        mov.b32 all, 0;
-        {" ".join(f"{one} max.u16x2 all, all, a;" for one in read)}
-        {_gone("all")}
+        ld.shared.v4.b32 {{a, b, c, d}}, [$0];
+        max.u16x2 a, a, b;
+        max.u16x2 c, c, d;
+        max.u16x2 a, a, c;
+        {_gone("a")}
         @!gone bra over;
-        {" ".join(f"{one} {_gone('a')} {again}" for one, again in zip(read, copy, strict=True))}
+        cp.async.cg.shared.global [$0], [$1], 16;
         cp.async.wait_all;
         bra look;
         over:
         }}"""
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), list(given), code, "r,l,~{memory}", has_side_effects=True)
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), given, code, "r,l,~{memory}", has_side_effects=True)
 
     types = plgpu.RefType(), plgpu.RefType(), ptx.NUMBER
     ptx.inline(types, run, source, target, jnp.asarray(start, jnp.int32))
@@ -143,10 +139,10 @@ def _places(ref: Any, layout: Any) -> list[tuple[Any, Any]]:
     """Pointers to what this thread has of a region, a register each, and the register's type."""
     kind, chosen = ir.MemRefType(ref.type), layout.to_mgpu()
     register = ir.VectorType.get((chosen.vector_length,), kind.element_type)
-    return [(place(ref, index), register) for index in chosen.thread_idxs(tuple(kind.shape))]
+    return [(_place(ref, index), register) for index in chosen.thread_idxs(tuple(kind.shape))]
 
 
-def place(ref: Any, index: Sequence[Any]) -> Any:
+def _place(ref: Any, index: Sequence[Any]) -> Any:
     """The pointer to an element of a reference."""
     i32 = ir.IntegerType.get_signless(32)
     at = arith.constant(i32, 0)

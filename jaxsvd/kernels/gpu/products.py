@@ -31,9 +31,7 @@ class Buffers:
 
     residual: Any  # the residual stream, float32
     vectors: Any  # what products read and give, bfloat16
-    squares: (
-        Any  # of the residual stream before each of the two norms, float32: see `stream.Norm`; and how many have met
-    )
+    squares: Any  # of the residual stream before its two norms, float32 (see `stream.Norm`), and behind them a counter
     unfinished: Any  # the sums of products that go in pieces, float32
 
 

@@ -83,7 +83,7 @@ def element(register: Any, i: int) -> Any:
 
 
 def announce(counter: Any, fenced: bool) -> None:
-    """Add one to `counter` (1,) int32 in global memory: for a warpgroup.
+    """Add one to `counter` (1,), any 32 bits in global memory that are a number: for a warpgroup.
 
     If it is `fenced`, what any thread of the warpgroup stored before is seen by all threads that have `met` by it, if
     not, it is on its way: see `present`.
@@ -169,8 +169,8 @@ def store(
 
 
 # Barriers, (slots, 2) int32 in shared memory, as Pallas does not show the address of its own. A phase of one of the
-# ring ends when the thread that announced some bytes has arrived, and the bytes have; of one of x, when the copies of
-# all threads are there.
+# ring ends when the thread that announced some bytes has arrived, and the bytes have; of one of x, when all threads
+# have told, or their copies are there.
 
 
 def _barrier(barriers: Any, slot: Any) -> Any:

@@ -310,7 +310,7 @@ class Stream:
             return
         if loose(self._batch):
             for behind, (x, part, place) in zip(reversed(range(len(parts))), parts, strict=True):
-                present.ensure(x.ref, self._batch, x.start + part, self._held, place, behind)
+                present.ensure(x.ref, x.start + part, self._held, place, behind)
                 ptx.tell(self._arrived, place // SPAN)
         for unused in range(len(parts), self._spans):
             ptx.tell(self._arrived, unused)
