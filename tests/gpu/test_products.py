@@ -39,7 +39,6 @@ class Buffer:
 
     def __init__(self):
         self.there = set()
-        self.shape = (1, 0)
 
     def send(self, start, size):
         self.there |= set(range(int(start), int(start) + size))

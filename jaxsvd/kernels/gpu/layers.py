@@ -83,11 +83,11 @@ def make_layers(
     hidden, rows = shape.qkv.inputs, height(batch)
     counts = shape.matrices
     nothing = [[None] * count for count in counts], (None, None), Buffers(*[None] * 4), None
-    room = Products(shape, 0, layers, *nothing, rows).size
-    phases = Products(shape, 0, layers, *nothing, rows).phases
+    sizes = Products(shape, 0, layers, *nothing, rows)
+    room = sizes.size
     fenced = not loose(batch)
     parted = splits(batch * shape.kv_heads) > 1  # whether the cache of a head is, and must be put together
-    meetings = sum(not phase.goes_on for phase in phases) + 1 + parted  # of a layer
+    meetings = sum(not phase.goes_on for phase in sizes.phases) + 1 + parted  # of a layer
     matrices = sum(counts)  # of a layer
     slots = ring(shape, layers, batch)
     ranks = None if len(set(shapes)) == 1 else np.array([one.ranks for one in all_shapes], np.int32)

@@ -49,7 +49,7 @@ def clear(ref: Any, start: Any, size: int, block: jax.Array, blocks: int) -> Non
                 at = arith.addi(at, arith.muli(column, arith.constant(i32, 32 * words // bits)))
                 llvm.inline_asm(
                     ir.Type.parse("!llvm.void"),
-                    [_pointer(ref, at), arith.constant(i32, -1)],
+                    [ptx.pointer(ref, at), arith.constant(i32, -1)],
                     f"st.relaxed.gpu.global{many}.b32 [$0], {{{', '.join(['$1'] * words)}}};",
                     "l,r,~{memory}",
                     has_side_effects=True,
@@ -69,8 +69,8 @@ def ensure(source: Any, start: Any, target: Any, place: int, behind: int) -> Non
         i32 = ir.IntegerType.get_signless(32)
         mine = arith.muli(ptx.thread(), arith.constant(i32, 8))
         given = [
-            ptx.shared(_pointer(target, arith.addi(mine, arith.constant(i32, place)))),
-            _pointer(source, arith.addi(mine, start.registers.item())),
+            ptx.shared(ptx.pointer(target, arith.addi(mine, arith.constant(i32, place)))),
+            ptx.pointer(source, arith.addi(mine, start.registers.item())),
         ]
         code = f"""{{
         .reg .pred gone;
@@ -148,19 +148,18 @@ def _place(ref: Any, index: Sequence[Any]) -> Any:
     at = arith.constant(i32, 0)
     for number, stride in zip(index, ir.MemRefType(ref.type).get_strides_and_offset()[0], strict=True):
         at = arith.addi(at, arith.muli(arith.index_cast(i32, number), arith.constant(i32, stride)))
-    return _pointer(ref, at)
+    return ptx.pointer(ref, at)
 
 
-def _pointer(ref: Any, at: Any) -> Any:
-    at = arith.extsi(ir.IntegerType.get_signless(64), at)
-    return utils.getelementptr(utils.memref_ptr(ref), [at], ir.MemRefType(ref.type).element_type)
+def _bits(kind: Any) -> int:
+    """The bits of a register of this type."""
+    return kind.shape[0] * utils.bitwidth(kind.element_type)
 
 
 def _words(register: Any) -> list[Any]:
     """A register's bits, 32 to each; a lone half one has zeros above."""
     i16, i32 = (ir.IntegerType.get_signless(bits) for bits in (16, 32))
-    kind = ir.VectorType(register.type)
-    bits = kind.shape[0] * utils.bitwidth(kind.element_type)
+    bits = _bits(ir.VectorType(register.type))
     if bits < 32:
         half = vector.bitcast(ir.VectorType.get((1,), i16), register)
         return [arith.extui(i32, ptx.element(half, 0))]
@@ -171,7 +170,7 @@ def _words(register: Any) -> list[Any]:
 def _register(words: Sequence[Any], kind: Any) -> Any:
     """The register of these bits."""
     i16, i32 = (ir.IntegerType.get_signless(bits) for bits in (16, 32))
-    if kind.shape[0] * utils.bitwidth(kind.element_type) < 32:
+    if _bits(kind) < 32:
         half = vector.from_elements(ir.VectorType.get((1,), i16), [arith.trunci(i16, words[0])])
         return vector.bitcast(kind, half)
     return vector.bitcast(kind, vector.from_elements(ir.VectorType.get((len(words),), i32), words))
@@ -179,14 +178,14 @@ def _register(words: Sequence[Any], kind: Any) -> Any:
 
 def _read(kind: Any, targets: Sequence[str], pointer: str) -> str:
     """The instruction that reads a register's words from where all blocks see the same."""
-    if kind.shape[0] * utils.bitwidth(kind.element_type) < 32:
+    if _bits(kind) < 32:
         return f"ld.relaxed.gpu.global.u16 {targets[0]}, [{pointer}];"
     many = f".v{len(targets)}" if len(targets) > 1 else ""
     return f"ld.relaxed.gpu.global{many}.b32 {{{', '.join(targets)}}}, [{pointer}];"
 
 
 def _load(pointer: Any, kind: Any) -> Any:
-    count = max(1, kind.shape[0] * utils.bitwidth(kind.element_type) // 32)
+    count = max(1, _bits(kind) // 32)
     targets = [f"${i}" for i in range(count)]
     return _register(_assembled(_read(kind, targets, f"${count}"), count, [pointer], []), kind)
 
@@ -199,12 +198,12 @@ def _settled(places: Sequence[tuple[Any, Any]], registers: Sequence[Any]) -> lis
     for i, (start, end) in enumerate(pairwise(starts)):
         targets, (_, kind) = [f"${word}" for word in range(start, end)], places[i]
         lines += ["mov.b32 a, 0;"]
-        for target in targets:
-            if utils.bitwidth(kind.element_type) == 32:
-                lines += [f"set.eq.u32.u32 b, {target}, 0xffffffff;", "or.b32 a, a, b;"]
-            else:
-                lines += [f"max.u16x2 a, a, {target};"]
-        lines += ["setp.ne.u32 gone, a, 0;" if utils.bitwidth(kind.element_type) == 32 else _gone("a")]
+        if utils.bitwidth(kind.element_type) == 32:
+            lines += [f"set.eq.u32.u32 b, {target}, 0xffffffff; or.b32 a, a, b;" for target in targets]
+            lines += ["setp.ne.u32 gone, a, 0;"]
+        else:
+            lines += [f"max.u16x2 a, a, {target};" for target in targets]
+            lines += [_gone("a")]
         lines += ["@gone mov.b32 any, 1;", f"@gone {_read(kind, targets, f'${starts[-1] + i}')}"]
     lines += ["setp.ne.u32 gone, any, 0;", "@gone bra look;"]
     code = "{\n.reg .pred gone;\n.reg .b32 a, b, any;\n" + "\n".join(lines) + "\n}"

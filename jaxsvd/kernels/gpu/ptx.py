@@ -284,14 +284,13 @@ def bring(source: Any, row: jax.Array, start: Any, left: Any, target: Any, place
     """
 
     def run(_: Any, source: Any, target: Any, *numbers: Any) -> None:
-        i32, i64, bf16 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.BF16Type.get()
+        i32 = ir.IntegerType.get_signless(32)
         row, start, left = (value.registers.item() for value in numbers)
         mine = arith.muli(thread(), arith.constant(i32, 8))
 
         def place_in(ref: Any, first: Any) -> Any:
             pitch = ir.MemRefType(ref.type).get_strides_and_offset()[0][0]
-            at = arith.addi(arith.muli(row, arith.constant(i32, pitch)), arith.addi(first, mine))
-            return utils.getelementptr(utils.memref_ptr(ref), [arith.extsi(i64, at)], bf16)
+            return pointer(ref, arith.addi(arith.muli(row, arith.constant(i32, pitch)), arith.addi(first, mine)))
 
         inside = arith.cmpi(arith.CmpIPredicate.slt, mine, left)
         size = arith.select(inside, arith.constant(i32, 16), arith.constant(i32, 0))
@@ -362,6 +361,12 @@ def held(slot: Any, part: int, parts: int, shape: tuple[int, ...], layout: Any) 
         return mgpu.FragmentedArray.load_untiled(region, layout=layout.to_mgpu(), optimized=False)
 
     return inline((plgpu.RefType(),), run, slot, result=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=layout))
+
+
+def pointer(ref: Any, at: Any) -> Any:
+    """The pointer to an element of a reference, `at` (32 bits) elements behind its beginning."""
+    at = arith.extsi(ir.IntegerType.get_signless(64), at)
+    return utils.getelementptr(utils.memref_ptr(ref), [at], ir.MemRefType(ref.type).element_type)
 
 
 def shared(pointer: Any) -> Any:

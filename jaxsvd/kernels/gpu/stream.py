@@ -1,8 +1,8 @@
 """Products of weights with one x or a few, whose weights are streamed through shared memory.
 
 One warpgroup of a block does nothing but copy tiles of weights into a ring, by TMA and as far ahead as the ring has
-room, across products and layers; keys and values go the same way. Another multiplies them with x, which lies in shared
-memory too, on tensor cores: not for their speed, but as one instruction then does what eighteen did.
+room, across products and layers; keys and values go the same way. Another multiplies them with x, which a third brings
+to shared memory too, on tensor cores: not for their speed, but as one instruction then does what eighteen did.
 """
 
 from collections.abc import Callable, Sequence
@@ -335,11 +335,11 @@ class Stream:
 
     def _scale(self, norm: Norm) -> None:
         """Put the scales of all rows into shared memory: a warp has a row, or all have the one."""
-        several, columns = self._batch > 1, pl.ds(norm.start, squares(norm.width))
+        several, parts = self._batch > 1, pl.ds(norm.start, squares(norm.width))
         layout = APIECE if several else APIECE.reduce((0,))
         for first in range(0, self._batch, 4):
             rows = pl.ds(first, 4) if several else 0
-            (each,) = self.receive([norm.squares.at[rows, columns]], layout)
+            (each,) = self.receive([norm.squares.at[rows, parts]], layout)
             scale = lax.rsqrt(jnp.sum(each, axis=-1) / norm.width + norm.eps)
             if several:
                 self._scales.at[rows][...] = scale
