@@ -11,7 +11,7 @@ from jaxsvd.cache import write
 from jaxsvd.config import ModelConfig, Rope
 from jaxsvd.errors import UsageError
 from jaxsvd.kernels import Dense, Factored, choose, shape_of
-from jaxsvd.kernels.xla import RANK_MULTIPLE, XLA
+from jaxsvd.kernels.xla import MANY, RANK_MULTIPLE, XLA
 from jaxsvd.layers import Embedding, RMSNorm, rope_angles, rope_frequencies, rotate
 from jaxsvd.weights import AbstractWeights, RandomWeights, break_even, uniform_ranks
 
@@ -198,7 +198,7 @@ def test_project(rng, dtype, tolerance, cores, platform):
     groups = {name: make_group(rng, members, dtype) for name, members in GROUPS.items()}
     plans = {name: backend.plan(tuple(map(shape_of, group))) for name, group in groups.items()}
     arrays = {name: backend.pack(plan, groups[name]) for name, plan in plans.items()}
-    xs = [rng.standard_normal(shape).astype(dtype) for shape in ((1, 1, INPUTS), (5, INPUTS))]
+    xs = [rng.standard_normal(shape).astype(dtype) for shape in ((1, 1, INPUTS), (5, INPUTS), (2, MANY, INPUTS))]
 
     @jax.jit  # one compilation for all of them
     def project(xs, arrays):
@@ -227,8 +227,9 @@ def test_project_sums_bfloat16_in_float32():
     for platform in ("cpu", "gpu"):
         backend = XLA(platform, 2)
         plan = backend.plan((shape_of(Dense(w)),))
-        (y,) = backend.project(plan, jnp.ones((1, 256), jnp.bfloat16), backend.pack(plan, [Dense(w)]))
-        np.testing.assert_array_equal(np.asarray(y, np.float32), 2.0)
+        for rows in (1, MANY):
+            (y,) = backend.project(plan, jnp.ones((rows, 256), jnp.bfloat16), backend.pack(plan, [Dense(w)]))
+            np.testing.assert_array_equal(np.asarray(y, np.float32), 2.0)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

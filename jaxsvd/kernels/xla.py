@@ -17,12 +17,16 @@ from jax import lax
 
 from jaxsvd.kernels import Dense, Factored, Fused, Matrix, MatrixShape
 
+MANY = 64  # rows of x, of prompts: here arithmetic is the limit, not the way through memory
 RANK_MULTIPLE = 16  # ranks are padded to it with zeros, which is exact: odd widths cost more than the zeros do
 
 
 @dataclass(frozen=True)
 class Stored:
     """One array: a matrix (inputs, outputs), stored as (outputs, inputs) where `transposed`.
+
+    `rounds` is whether products with MANY rows round their results themselves. XLA's on a GPU otherwise write them in
+    float32, though they are rounded at once, by a kernel of its own (docs/performance.md).
 
     `parts` is how many pieces a matrix-vector product is cut into, so that several cores share it. XLA's CPU runtime
     gives a single core to any product of less than 2 MiB, as most of a low-rank model's are; the members of a batched
@@ -33,6 +37,7 @@ class Stored:
     outputs: int
     transposed: bool
     parts: int = 1
+    rounds: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,8 +56,12 @@ class Stored:
 
     def dot(self, x: jax.Array, array: jax.Array, dtype: Any = None) -> jax.Array:
         """(…, inputs) to (…, outputs) in `dtype` (default: x's), accumulated in float32."""
-        dot = partial(lax.dot_general, preferred_element_type=jnp.float32)
         parts, rows = self.parts, x.size // self.inputs
+        rounds = self.rounds and rows >= MANY
+        dot = partial(lax.dot_general, preferred_element_type=(dtype or x.dtype) if rounds else jnp.float32)
+        if rounds:
+            # Else XLA takes what is before, a norm's weights, into a kernel of its own that it then does not use.
+            x = lax.optimization_barrier(x)
         if rows > 1 or parts == 1:
             y = dot(x, array, (((x.ndim - 1,), (1 if self.transposed else 0,)), ((), ())))
         elif self.transposed:
@@ -114,7 +123,7 @@ class XLA:
             return Stored(inputs, outputs, inputs > outputs, self._parts(min(inputs, outputs)))
         # On a GPU, XLA's matrix-vector kernels want factors (out, in) and dense matrices (in, out): on an H200
         # 3.39 ms a token against 7.24 for Qwen3-4B at keep 0.8, and 3.01 against 3.61 for the dense model.
-        return Stored(inputs, outputs, transposed=factored)
+        return Stored(inputs, outputs, transposed=factored, rounds=self.platform == "gpu")
 
     def _parts(self, length: int) -> int:
         return max(parts for parts in range(1, self.cores + 1) if length % parts == 0)

@@ -61,7 +61,7 @@ def exchange():
         def wait():
             peeked = present.peek([sent.at[1]], layouts[0]), present.peek([numbers.at[0]], layouts[1])
             for part in (0, SPAN):
-                ptx.bring(sent, jnp.int32(0), jnp.int32(part), jnp.int32(SPAN), held, part)
+                ptx.bring(sent, jnp.int32(part), jnp.int32(SPAN), held, part)
                 ptx.cut()
             for behind, part in ((1, 0), (0, SPAN)):
                 present.ensure(sent, jnp.int32(part), held, part, behind)

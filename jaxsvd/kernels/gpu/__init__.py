@@ -45,7 +45,7 @@ class GPU(XLA):
 
     def _stored(self, inputs: int, outputs: int, factored: bool) -> Stored:
         # The kernel reads rows of one output each, whether they are of a factor or of a dense matrix.
-        return Stored(inputs, outputs, transposed=True)
+        return Stored(inputs, outputs, transposed=True, rounds=True)
 
     @property
     def rows(self) -> int:

@@ -17,11 +17,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import flash, ptx
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load
-from jaxsvd.kernels.gpu.shape import HEADS, TOKENS, LayerShape
+from jaxsvd.kernels.gpu.present import Piece
+from jaxsvd.kernels.gpu.shape import HEADS, TOKENS, LayerShape, whole
 from jaxsvd.kernels.gpu.stream import Stream, full, share
 
 UNITS = 128  # parts of the cache that are attended to side by side, of all heads of keys: some one to a block
 SPLITS = 16  # of them per head of keys, at most
+
+
+Halves = Sequence[jax.Array]  # of one head (head_dim/2,), or of four (4, head_dim/2): RoPE pairs their elements
+
+
+def four(i: int) -> Any:
+    """The i-th four heads."""
+    return pl.ds(i * flash.WARPS, flash.WARPS)
 
 
 def splits(kv_heads: int) -> int:
@@ -53,11 +62,13 @@ class Attention:
 
     @staticmethod
     def partials(shape: LayerShape, batch: int) -> list[tuple[int, ...]]:
-        """Of each head of all rows and each part, float32: its greatest score, the sum of exponentials, and the mix.
+        """Of each head of keys of all rows, each part, and each of its queries: (…), (…), (…, head_dim) float32.
 
-        This, of values, is not yet divided by the sum.
+        The greatest score, the sum of exponentials, and the mix of values, not yet divided by the sum. There is room
+        for queries in whole fours.
         """
-        each = batch * shape.heads, splits(batch * shape.kv_heads)
+        kv_heads = batch * shape.kv_heads
+        each = kv_heads, splits(kv_heads), whole(shape.heads // shape.kv_heads, flash.WARPS)
         return [each, each, (*each, shape.head_dim)]
 
     @staticmethod
@@ -72,10 +83,11 @@ class Attention:
         return self.shape.head_dim // 2
 
     @staticmethod
-    def spread(width: int) -> Any:
-        """How warps hold so many numbers: over the lanes, all alike."""
-        tiling = plgpu.Tiling(((4, width), (width // 32,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1).reduce((0,))
+    def spread(width: int, alike: bool = True) -> Any:
+        """How warps hold so many numbers: over the lanes, all alike, or four times so many."""
+        tiling = plgpu.Tiling(((flash.WARPS, width), (width // 32,)))
+        layout = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+        return layout.reduce((0,)) if alike else layout
 
     @property
     def halves(self) -> Any:
@@ -86,35 +98,46 @@ class Attention:
         """How many of `count` items are this block's: every `blocks`-th."""
         return share(count, self.block, self.blocks)
 
-    def places(self, kind: int, row: jax.Array, index: jax.Array) -> list[Any]:
-        """Where the halves of a row's head of q, k or v (kind 0 to 2) are."""
-        start = self.heads[kind] + index * self.shape.head_dim
-        return [self.vectors.at[row, pl.ds(start + at, self.half)] for at in (0, self.half)]
+    @property
+    def apart(self) -> Any:
+        """How they hold the halves of four heads, (4, head_dim/2): each has its own."""
+        return self.spread(self.half, alike=False)
 
-    def head(self, kind: int, row: jax.Array, halves: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """What attends of them: normed where the model does, and rotated; not v."""
-        layout = self.halves
+    def across(self, x: jax.Array, axis: int) -> jax.Array:
+        """The same for the halves of four heads, (4, head_dim/2), of what is along one axis of them."""
+        wide = lax.broadcast_in_dim(x, (flash.WARPS, self.half), (axis,))
+        return plgpu.layout_cast(wide, self.apart)
+
+    def pieces(self, ref: Any) -> list[list[Piece]]:
+        """The halves of heads (n·head_dim,), four heads at a time."""
+        count = ref.shape[0] // self.shape.head_dim
+        return [
+            [Piece(ref, count, first, at, self.half) for at in (0, self.half)] for first in range(0, count, flash.WARPS)
+        ]
+
+    def turned(self, halves: Halves, angles: Halves, gains: Halves) -> Halves:
+        """What attends of a head of q or k, or of four: normed with these weights, if any, and rotated."""
         low, high = (half.astype(jnp.float32) for half in halves)
-        if kind == 2:
-            return low, high
-        if self.norms:
-            scale = lax.rsqrt(jnp.sum(low * low + high * high, axis=0) / self.shape.head_dim + self.shape.eps)
-            gains = [
-                load(self.norms[kind].at[self.layer, pl.ds(at, self.half)], layout).astype(jnp.float32)
-                for at in (0, self.half)
-            ]
-            low, high = low * scale * gains[0], high * scale * gains[1]
-        cosine, sine = (load(angle.at[row, pl.ds(0, self.half)], layout) for angle in self.angles)
+        along = (lambda x: self.across(x, 1)) if low.ndim > 1 else (lambda x: x)
+        if gains:
+            mean = jnp.sum(low * low + high * high, axis=-1) / self.shape.head_dim
+            scale = lax.rsqrt(mean + self.shape.eps)
+            scale = self.across(scale, 0) if low.ndim > 1 else scale
+            low, high = (x * scale * along(gain) for x, gain in zip((low, high), gains, strict=True))
+        cosine, sine = map(along, angles)
         return low * cosine - high * sine, high * cosine + low * sine
 
-    def append(
-        self, kv_head: jax.Array, position: jax.Array, key: Sequence[jax.Array], value: Sequence[jax.Array]
-    ) -> None:
+    def append(self, kv_head: jax.Array, position: jax.Array, key: Halves, value: Halves) -> None:
         """The new token to the cache of a head of keys, one of all rows'."""
         for cache, halves in zip(self.caches, (key, value), strict=True):
             for at, half in zip((0, self.half), halves, strict=True):
                 place = kv_head, position, pl.ds(at, self.half)
                 cache.store(place, half.astype(jnp.bfloat16), self.halves)
+
+    @property
+    def group(self) -> int:
+        """The heads of queries to a head of keys."""
+        return self.shape.heads // self.shape.kv_heads
 
     @property
     def kv_heads(self) -> int:
@@ -180,36 +203,56 @@ class Attention:
         """How many a part has."""
         return lax.div(jnp.maximum(end - begin, 0) + (TOKENS - 1), TOKENS)
 
+    def asked(self, stream: Stream, row: jax.Array, own: jax.Array) -> tuple[list[Halves], Halves, Halves]:
+        """Queries, scaled and four heads at a time, with the key and value of a row's head of keys: halves each."""
+        width, size = self.shape.head_dim, self.group * self.shape.head_dim
+        # All is loaded and computed before anything is stored, so that nothing waits for something else.
+        asked = self.pieces(self.vectors.at[row, pl.ds(self.heads[0] + own * size, size)])
+        asked = [half for halves in asked for half in halves]
+        given = [
+            self.vectors.at[row, pl.ds(self.heads[kind] + own * width + at, self.half)]
+            for kind in (1, 2)
+            for at in (0, self.half)
+        ]
+        peeked = stream.peek(asked, self.apart), stream.peek(given, self.halves)
+        angles = [load(angle.at[row, pl.ds(0, self.half)], self.halves) for angle in self.angles]
+        gains = [
+            [load(norm.at[self.layer, pl.ds(at, self.half)], self.halves) for at in (0, self.half)]
+            for norm in self.norms
+        ]
+        halves = stream.settle(asked, peeked[0], self.apart)
+        *key, low, high = stream.settle(given, peeked[1], self.halves)
+        value = [half.astype(jnp.float32) for half in (low, high)]
+        gains = [[gain.astype(jnp.float32) for gain in one] for one in gains] or [[], []]
+        key = self.turned(key, angles, gains[1])
+        queries = [self.turned(pair, angles, gains[0]) for pair in zip(halves[::2], halves[1::2], strict=True)]
+        return [[half * width**-0.5 for half in pair] for pair in queries], key, value
+
     def attend(self, stream: Stream, count: jax.Array) -> jax.Array:
         """The parts, dealt out to the blocks; the count behind them.
 
         The first part of each head of keys also attends to the new token.
         """
-        shape, (queries, *_) = self.shape, self.warps
-        group, scale = shape.heads // shape.kv_heads, shape.head_dim**-0.5
+        shape, (asking, *_) = self.shape, self.warps
 
         def item(i: jax.Array, count: jax.Array) -> jax.Array:
             index = self.block + i * self.blocks
             kv_head, split, begin, end = self.part(index)
             row, own = lax.div(kv_head, shape.kv_heads), lax.rem(kv_head, shape.kv_heads)  # its number in the row
-            # All is loaded and computed before anything is stored, so that nothing waits for something else.
-            wanted = [(1, own), (2, own), *((0, own * group + g) for g in range(group))]
-            halves = stream.receive(
-                [place for kind, head in wanted for place in self.places(kind, row, head)], self.halves
-            )
-            pairs = zip(wanted, zip(halves[::2], halves[1::2], strict=True), strict=True)
-            key, value, *heads = (self.head(kind, row, pair) for (kind, _), pair in pairs)
-            asked = [[x * scale for x in head] for head in heads]
-            products = [jnp.sum(query[0] * key[0] + query[1] * key[1], axis=0) for query in asked]
+            queries, key, value = self.asked(stream, row, own)
             # Of the new token, with which the first part begins.
-            scores = [jnp.where(split == 0, product, flash.NOTHING) for product in products]
+            behind = jnp.where(split == 0, 0.0, flash.NOTHING)
+            scores = [
+                jnp.sum(low * self.across(key[0], 1) + high * self.across(key[1], 1), axis=1) + behind
+                for low, high in queries
+            ]
             pl.when(split == 0)(lambda: self.append(kv_head, self.position(kv_head), key, value))
-            for g, query in enumerate(asked):
-                for start, x in zip((0, self.half), query, strict=True):
-                    queries.at[g, pl.ds(start, self.half)][...] = x.astype(jnp.bfloat16)
+            for n, pair in enumerate(queries):
+                for start, x in zip((0, self.half), pair, strict=True):
+                    asking.at[four(n), pl.ds(start, self.half)][...] = x.astype(jnp.bfloat16)
             stream.together()
             rows = range(0, shape.together, HEADS)
-            held = [load(queries.at[pl.ds(row, HEADS)], flash.QUERIES) for row in rows]
+            held = [load(asking.at[pl.ds(row, HEADS)], flash.QUERIES) for row in rows]
 
             def tile(i: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
                 states, count = carry
@@ -222,7 +265,7 @@ class Attention:
 
             start = [self.nothing() for _ in rows], count
             states, count = lax.fori_loop(0, self.tiles(begin, end), tile, start)
-            self.gather(stream, kv_head * group, split, states, scores, value)
+            self.gather(stream, kv_head, split, states, scores, value)
             return count
 
         return lax.fori_loop(0, self.mine(self.kv_heads * self.splits), item, count)
@@ -236,13 +279,13 @@ class Attention:
     def gather(
         self,
         stream: Stream,
-        first: jax.Array,
+        kv_head: jax.Array,
         split: jax.Array,
         states: Sequence[flash.State],
         scores: Sequence[jax.Array],
-        value: Sequence[jax.Array],
+        value: Halves,
     ) -> None:
-        """Put together what the warps have of a part and the new token, for heads from `first` on."""
+        """Put together what the warps have of a part and the new token: each warp for a head of four."""
         tops, totals, sides = self.warps[1:]
         stream.together()  # all have read what the part before has left there
         for i, state in enumerate(states):
@@ -250,51 +293,49 @@ class Attention:
             for ref, x in zip((tops, totals, sides), state, strict=True):
                 ref.at[:, heads][...] = x
         stream.together()
-        warps = range(flash.WARPS)
-        found = []
-        for g, score in enumerate(scores):
-            each = [*(tops[warp, g] for warp in warps), score]
-            greatest = reduce(jnp.maximum, each)
-            *shrinks, new = [jnp.exp(top - greatest) for top in each]
-            total = reduce(jnp.add, [shrink * totals[warp, g] for warp, shrink in enumerate(shrinks)], new)
+        warps, one = range(flash.WARPS), self.apart.reduce((1,))
+        row, own = lax.div(kv_head, self.shape.kv_heads), lax.rem(kv_head, self.shape.kv_heads)
+        size = self.group * self.shape.head_dim
+        targets = self.pieces(self.vectors.at[row, pl.ds(self.mixed + own * size, size)])
+        for i, score in enumerate(scores):
+            each = [*(load(tops.at[warp, four(i)], one) for warp in warps), score]
+            top = reduce(jnp.maximum, each)
+            *shrinks, new = [jnp.exp(x - top) for x in each]
+            counts = [load(totals.at[warp, four(i)], one) for warp in warps]
+            total = reduce(jnp.add, [count * shrink for count, shrink in zip(counts, shrinks, strict=True)], new)
+            *shrinks, new = [self.across(x, 0) for x in (*shrinks, new)]
             halves = []
             for start, x in zip((0, self.half), value, strict=True):
-                at = [sides.at[warp, g, pl.ds(start, self.half)] for warp in warps]
-                parts = [load(part, self.halves) * shrink for part, shrink in zip(at, shrinks, strict=True)]
-                halves.append(reduce(jnp.add, parts, x * new))
-            found.append((greatest, total, halves))
-        for head, (greatest, total, halves) in enumerate(found):
+                at = [sides.at[warp, four(i), pl.ds(start, self.half)] for warp in warps]
+                parts = [load(part, self.apart) * shrink for part, shrink in zip(at, shrinks, strict=True)]
+                halves.append(reduce(jnp.add, parts, self.across(x, 1) * new))
             if self.splits == 1:
-                self.put(first + head, [half / total for half in halves])
+                for half, piece in zip(halves, targets[i], strict=True):
+                    stream.send(piece, (half / self.across(total, 0)).astype(jnp.bfloat16), self.apart)
                 continue
-            for ref, number in zip(self.partial, (greatest, total), strict=False):
-                ref[first + head, split] = number
+            for ref, number in zip(self.partial, (top, total), strict=False):
+                ref.at[kv_head, split, four(i)][...] = number
             for start, half in zip((0, self.half), halves, strict=True):
-                self.partial[2].at[first + head, split, pl.ds(start, self.half)][...] = half
-
-    def put(self, head: jax.Array, pieces: Sequence[jax.Array]) -> None:
-        """The result of a head, one of all rows', a piece after the other."""
-        row, own = lax.div(head, self.shape.heads), lax.rem(head, self.shape.heads)
-        start = self.mixed + own * self.shape.head_dim
-        for piece in pieces:
-            self.vectors.at[row, pl.ds(start, piece.shape[0])][...] = piece.astype(jnp.bfloat16)
-            start += piece.shape[0]
+                self.partial[2].at[kv_head, split, four(i), pl.ds(start, self.half)][...] = half
 
     def combine(self) -> None:
         """Put the parts of each head together."""
         layout, splits = self.spread(self.shape.head_dim), range(self.splits)
 
         def item(i: jax.Array, _: None) -> None:
-            head = self.block + i * self.blocks
+            head = self.block + i * self.blocks  # one of all rows'
+            row, own = lax.div(head, self.shape.heads), lax.rem(head, self.shape.heads)
+            kv_head, number = lax.div(head, self.group), lax.rem(head, self.group)
             all_tops, all_totals, all_mixes = self.partial
-            mixes = [load(all_mixes.at[head, split], layout) for split in splits]
-            tops, totals = ([numbers[head, split] for split in splits] for numbers in (all_tops, all_totals))
+            mixes = [load(all_mixes.at[kv_head, split, number], layout) for split in splits]
+            tops, totals = ([numbers[kv_head, split, number] for split in splits] for numbers in (all_tops, all_totals))
             greatest = reduce(jnp.maximum, tops)
             weights = [jnp.exp(top - greatest) for top in tops]
             total, mixed = (
                 reduce(jnp.add, [one * weight for one, weight in zip(kind, weights, strict=True)])
                 for kind in (totals, mixes)
             )
-            self.put(head, [mixed / total])
+            start = self.mixed + own * self.shape.head_dim
+            self.vectors.at[row, pl.ds(start, self.shape.head_dim)][...] = (mixed / total).astype(jnp.bfloat16)
 
         lax.fori_loop(0, self.mine(self.batch * self.shape.heads), item, None)

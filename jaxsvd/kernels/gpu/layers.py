@@ -10,6 +10,7 @@ layer for what they send each other to arrive, as its reader sees whether it has
 Sums, norms, RoPE and the residual stream are float32; what one product gives to the next is bfloat16, in attention too.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import islice
@@ -27,7 +28,7 @@ from jaxsvd.kernels.gpu.attention import Attention, splits
 from jaxsvd.kernels.gpu.perlayer import PerLayer, table
 from jaxsvd.kernels.gpu.products import Buffers, Products
 from jaxsvd.kernels.gpu.shape import ROWS, SPAN, LayerShape, aligned, height, loose, ring
-from jaxsvd.kernels.gpu.stream import SCRATCH, Stream, squares
+from jaxsvd.kernels.gpu.stream import PAIR, SCRATCH, Stream, squares
 
 # Of a thread that multiplies, and of those that copy: no more in all than 3·168, with which three warpgroups begin.
 # More would be waited for without an end.
@@ -86,6 +87,8 @@ def make_layers(
     sizes = Products(shape, 0, layers, *nothing, rows)
     room = sizes.size
     fenced = not loose(batch)
+    pairs = [] if loose(batch) or interpret else [2]
+    blocks -= blocks % math.prod(pairs)
     parted = splits(batch * shape.kv_heads) > 1  # whether the cache of a head is, and must be put together
     meetings = sum(not phase.goes_on for phase in sizes.phases) + 1 + parted  # of a layer
     matrices = sum(counts)  # of a layer
@@ -106,6 +109,8 @@ def make_layers(
         warps = [next(take) for _ in range(4)]
         counter = buffers.squares.at[0, pl.ds(4 * squares(hidden), 1)]
         block = lax.axis_index("block")
+        for size in pairs:
+            block = block * size + lax.axis_index(PAIR)
         stream = Stream(block, blocks, batch, slots, list(take), bool(interpret))
 
         def of(layer: jax.Array) -> Products:
@@ -157,7 +162,8 @@ def make_layers(
             for number, phase in enumerate(products.phases):
                 behind = number == len(products.before)  # attention
                 met += (1 + parted) * behind
-                stream.hold(phase, partial(meet, layer, met, fenced) if waits else lambda: None)
+                wait = partial(meet, layer, met, fenced) if waits else lambda: None
+                stream.hold(layer * len(products.phases) + number, phase, wait)
                 waits = not phase.goes_on
                 met += waits
                 if behind and not interpret:
@@ -184,12 +190,14 @@ def make_layers(
             limit(REGISTERS, "increase")
             stream.join()
             lax.fori_loop(0, layers, run, jnp.int32(0))
+            stream.leave()
 
         @pl.when(lax.axis_index("thread") == 1)
         def bring() -> None:
             limit(OTHERS, "decrease")
             stream.join()
             lax.fori_loop(0, layers, hold, None)
+            stream.clear()  # the other block of a pair may still be sent something
 
         @pl.when(lax.axis_index("thread") == 2)
         def copy() -> None:
@@ -207,8 +215,10 @@ def make_layers(
             *(jax.ShapeDtypeStruct(size, jnp.float32) for size in Attention.partials(shape, batch)),
         ],
         scratch_types=[*tables, *Attention.scratch(shape), *Stream.scratch(slots, shape.held(batch), bool(interpret))],
-        grid=(blocks,),
+        grid=(blocks // math.prod(pairs),),
         grid_names=("block",),
+        cluster=tuple(pairs),
+        cluster_names=(PAIR,) * len(pairs),
         num_threads=3,
         thread_name="thread",
         interpret=interpret,

@@ -6,12 +6,15 @@ ends like that, as what is not a number is another one. So what is sent must hav
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -47,12 +50,11 @@ def clear(ref: Any, start: Any, size: int, block: jax.Array, blocks: int) -> Non
                 row, column = (op(number, arith.constant(i32, each)) for op in (arith.divui, arith.remui))
                 at = arith.addi(arith.muli(row, arith.constant(i32, pitch)), start)
                 at = arith.addi(at, arith.muli(column, arith.constant(i32, 32 * words // bits)))
-                llvm.inline_asm(
-                    ir.Type.parse("!llvm.void"),
-                    [ptx.pointer(ref, at), arith.constant(i32, -1)],
+                ptx.perform(
                     f"st.relaxed.gpu.global{many}.b32 [$0], {{{', '.join(['$1'] * words)}}};",
-                    "l,r,~{memory}",
-                    has_side_effects=True,
+                    "l,r",
+                    ptx.pointer(ref, at),
+                    arith.constant(i32, -1),
                 )
 
     numbers = (jnp.asarray(number, jnp.int32) for number in (start, block))
@@ -88,7 +90,7 @@ def ensure(source: Any, start: Any, target: Any, place: int, behind: int) -> Non
         bra look;
         over:
         }}"""
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), given, code, "r,l,~{memory}", has_side_effects=True)
+        ptx.perform(code, "r,l", *given)
 
     types = plgpu.RefType(), plgpu.RefType(), ptx.NUMBER
     ptx.inline(types, run, source, target, jnp.asarray(start, jnp.int32))
@@ -99,56 +101,116 @@ def _gone(word: str) -> str:
     return f"sub.u32 b, 0xfffefffe, {word}; and.b32 b, b, {word}; and.b32 b, b, 0x80008000; setp.ne.u32 gone, b, 0;"
 
 
-def peek(refs: Sequence[Any], layout: Any) -> list[jax.Array]:
-    """Read regions into registers in a layout, whether they are there or not."""
+@dataclass(frozen=True)
+class Piece:
+    """Elements [at, at + width) of each of four parts of a vector, from part `first` on, there being `count` of them.
+
+    This is (4, width), and the last part is there again instead of such as there are not. `ref` is the vector.
+    """
+
+    ref: Any
+    count: int
+    first: int
+    at: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As an array."""
+        return 4, self.width
+
+    @property
+    def dtype(self) -> Any:
+        """As an array."""
+        return self.ref.dtype
+
+    @property
+    def parts(self) -> list[Any]:
+        """The elements of each of the four, as references."""
+        size = self.ref.shape[0] // self.count
+        numbers = [min(self.first + i, self.count - 1) for i in range(4)]
+        return [self.ref.at[pl.ds(number * size + self.at, self.width)] for number in numbers]
+
+    def offset(self, index: Sequence[Any]) -> Any:
+        """Where one of its elements is in the vector: 32 bits."""
+        i32 = ir.IntegerType.get_signless(32)
+        size = self.ref.shape[0] // self.count
+        part, column = (arith.index_cast(i32, number) for number in index)
+        part = arith.addi(part, arith.constant(i32, self.first))
+        part = arith.minui(part, arith.constant(i32, self.count - 1))
+        start = arith.addi(arith.muli(part, arith.constant(i32, size)), arith.constant(i32, self.at))
+        return arith.addi(start, column)
+
+
+def peek(regions: Sequence[Any], layout: Any) -> list[jax.Array]:
+    """Read references, or pieces, into registers in a layout, whether they are there or not."""
 
     def run(_: Any, *refs: Any) -> list[Any]:
-        return [_array(ref, layout, [_load(place, width) for place, width in _places(ref, layout)]) for ref in refs]
+        return [
+            _array(region.shape, layout, [_load(place, kind) for place, kind in _places(region, ref, layout)])
+            for region, ref in zip(regions, refs, strict=True)
+        ]
 
-    return ptx.inline((plgpu.RefType(),) * len(refs), run, *refs, result=_results(refs, layout))
+    refs = map(_ref, regions)
+    return ptx.inline((plgpu.RefType(),) * len(regions), run, *refs, result=_results(regions, layout))
 
 
-def settle(refs: Sequence[Any], found: Sequence[jax.Array], layout: Any) -> list[jax.Array]:
+def settle(regions: Sequence[Any], found: Sequence[jax.Array], layout: Any) -> list[jax.Array]:
     """What `peek` has found in them, but of what was not there what comes."""
 
     def run(_: Any, *given: Any) -> list[Any]:
-        refs, found = given[: len(given) // 2], given[len(given) // 2 :]
-        places = [place for ref in refs for place in _places(ref, layout)]
+        refs, found = given[: len(regions)], given[len(regions) :]
+        places = [place for region, ref in zip(regions, refs, strict=True) for place in _places(region, ref, layout)]
         settled = iter(_settled(places, [register for array in found for register in array.registers.flat]))
         return [
-            _array(ref, layout, [next(settled) for _ in array.registers.flat])
-            for ref, array in zip(refs, found, strict=True)
+            _array(region.shape, layout, [next(settled) for _ in array.registers.flat])
+            for region, array in zip(regions, found, strict=True)
         ]
 
-    types = (*(plgpu.RefType() for _ in refs), *(layout for _ in refs))
-    return ptx.inline(types, run, *refs, *found, result=_results(refs, layout))
+    types = (*(plgpu.RefType() for _ in regions), *(layout for _ in regions))
+    return ptx.inline(types, run, *map(_ref, regions), *found, result=_results(regions, layout))
 
 
-def _results(refs: Sequence[Any], layout: Any) -> list[Any]:
-    return [plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=layout) for ref in refs]
+def send(piece: Piece, values: jax.Array, layout: Any) -> None:
+    """Store a piece."""
+
+    def run(_: Any, ref: Any, values: Any) -> None:
+        for (place, _), register in zip(_places(piece, ref, layout), values.registers.flat, strict=True):
+            llvm.store(register, place)
+
+    ptx.inline((plgpu.RefType(), layout), run, piece.ref, values)
 
 
-def _array(ref: Any, layout: Any, vectors: Sequence[Any]) -> Any:
-    chosen, shape = layout.to_mgpu(), tuple(ir.MemRefType(ref.type).shape)
-    registers = np.empty(chosen.registers_shape(shape), dtype=object)
+def _ref(region: Any) -> Any:
+    return region.ref if isinstance(region, Piece) else region
+
+
+def _results(regions: Sequence[Any], layout: Any) -> list[Any]:
+    return [plgpu.ShapeDtypeStruct(region.shape, region.dtype, layout=layout) for region in regions]
+
+
+def _array(shape: Sequence[int], layout: Any, vectors: Sequence[Any]) -> Any:
+    chosen = layout.to_mgpu()
+    registers = np.empty(chosen.registers_shape(tuple(shape)), dtype=object)
     registers.flat[:] = vectors
     return mgpu.FragmentedArray(_registers=registers, _layout=chosen, _is_signed=None)
 
 
-def _places(ref: Any, layout: Any) -> list[tuple[Any, Any]]:
+def _places(region: Any, ref: Any, layout: Any) -> list[tuple[Any, Any]]:
     """Pointers to what this thread has of a region, a register each, and the register's type."""
-    kind, chosen = ir.MemRefType(ref.type), layout.to_mgpu()
-    register = ir.VectorType.get((chosen.vector_length,), kind.element_type)
-    return [(_place(ref, index), register) for index in chosen.thread_idxs(tuple(kind.shape))]
+    chosen = layout.to_mgpu()
+    register = ir.VectorType.get((chosen.vector_length,), ir.MemRefType(ref.type).element_type)
+    offset = region.offset if isinstance(region, Piece) else partial(_offset, ref)
+    return [(ptx.pointer(ref, offset(index)), register) for index in chosen.thread_idxs(tuple(region.shape))]
 
 
-def _place(ref: Any, index: Sequence[Any]) -> Any:
-    """The pointer to an element of a reference."""
+def _offset(ref: Any, index: Sequence[Any]) -> Any:
+    """Where an element of a reference is: 32 bits."""
     i32 = ir.IntegerType.get_signless(32)
     at = arith.constant(i32, 0)
     for number, stride in zip(index, ir.MemRefType(ref.type).get_strides_and_offset()[0], strict=True):
         at = arith.addi(at, arith.muli(arith.index_cast(i32, number), arith.constant(i32, stride)))
-    return ptx.pointer(ref, at)
+    return at
 
 
 def _bits(kind: Any) -> int:

@@ -13,6 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
+from jaxsvd.kernels.gpu.shape import SPAN
+
 NUMBER = plgpu.Layout.WG_SPLAT(())  # how a warpgroup holds ()
 CHAINS = 4  # sums that are independent of each other: one mma takes 33 cycles, and the next may not wait for it
 
@@ -82,6 +84,17 @@ def element(register: Any, i: int) -> Any:
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
 
+def perform(code: str, constraints: str = "", *operands: Any) -> None:
+    """Instructions that give nothing, on operands of Mosaic: within `inline`."""
+    constraints = ",".join(filter(None, (constraints, "~{memory}")))
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, code, constraints, has_side_effects=True)
+
+
+def together() -> None:
+    """What any thread of a warpgroup has stored in shared memory before is seen by all behind it."""
+    inline((), lambda _: utils.warpgroup_barrier())
+
+
 def announce(counter: Any, fenced: bool) -> None:
     """Add one to `counter` (1,), any 32 bits in global memory that are a number: for a warpgroup.
 
@@ -92,12 +105,10 @@ def announce(counter: Any, fenced: bool) -> None:
     def run(_: Any, counter: Any) -> None:
         utils.warpgroup_barrier()
         with utils.when(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)):
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [utils.memref_ptr(counter)],
+            perform(
                 f"red.{'release' if fenced else 'relaxed'}.gpu.global.add.u32 [$0], 1;",
-                "l,~{memory}",
-                has_side_effects=True,
+                "l",
+                utils.memref_ptr(counter),
             )
 
     inline((plgpu.RefType(),), run, counter)
@@ -108,9 +119,7 @@ def meet(counter: Any, target: jax.Array, fenced: bool) -> None:
 
     def run(_: Any, counter: Any, target: Any) -> None:
         with utils.when(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)):
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [utils.memref_ptr(counter), target.registers.item()],
+            perform(
                 f"""{{
                 .reg .pred met;
                 .reg .b32 seen;
@@ -119,8 +128,9 @@ def meet(counter: Any, target: jax.Array, fenced: bool) -> None:
                 setp.ge.s32 met, seen, $1;
                 @!met bra again;
                 }}""",
-                "l,r,~{memory}",
-                has_side_effects=True,
+                "l,r",
+                utils.memref_ptr(counter),
+                target.registers.item(),
             )
         utils.warpgroup_barrier()
 
@@ -267,73 +277,124 @@ def _copy(rows: int, source: Callable[[Any], Any], size: Any, target: Any, pitch
         first = arith.cmpi(arith.CmpIPredicate.eq, thread(), arith.constant(i32, 0))
         barrier.arrive_expect_tx(arith.muli(size, arith.constant(i32, rows)), predicate=first)
         row = arith.addi(shared(utils.memref_ptr(target)), arith.muli(at, arith.constant(i32, 2 * pitch)))
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [row, source(at), size, shared(barrier.get_ptr())],
+        perform(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
-            "r,l,r,r,~{memory}",
-            has_side_effects=True,
+            "r,l,r,r",
+            row,
+            source(at),
+            size,
+            shared(barrier.get_ptr()),
         )
 
 
-def bring(source: Any, row: jax.Array, start: Any, left: Any, target: Any, place: int) -> None:
-    """Start to copy elements of a row of `source`, eight to a thread of a warpgroup, to the same row of `target`.
+def bring(source: Any, start: Any, left: Any, target: Any, place: int) -> None:
+    """Start to copy elements of the row of `source`, eight to a thread of a warpgroup, to that of `target`.
 
     They go from `start` there to `place` here, bfloat16, from global to shared memory, where zeros follow the first
-    `left` ones; all are there at the end of the phase of a barrier that `brought` is called with.
+    `left` ones. See `present.ensure`.
     """
 
     def run(_: Any, source: Any, target: Any, *numbers: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
-        row, start, left = (value.registers.item() for value in numbers)
+        start, left = (value.registers.item() for value in numbers)
         mine = arith.muli(thread(), arith.constant(i32, 8))
-
-        def place_in(ref: Any, first: Any) -> Any:
-            pitch = ir.MemRefType(ref.type).get_strides_and_offset()[0][0]
-            return pointer(ref, arith.addi(arith.muli(row, arith.constant(i32, pitch)), arith.addi(first, mine)))
-
         inside = arith.cmpi(arith.CmpIPredicate.slt, mine, left)
         size = arith.select(inside, arith.constant(i32, 16), arith.constant(i32, 0))
-        to = shared(place_in(target, arith.constant(i32, place)))
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [to, place_in(source, start), size],
+        to = shared(pointer(target, arith.addi(mine, arith.constant(i32, place))))
+        perform(
             "cp.async.cg.shared.global [$0], [$1], 16, $2;",
-            "r,l,r,~{memory}",
-            has_side_effects=True,
+            "r,l,r",
+            to,
+            pointer(source, arith.addi(start, mine)),
+            size,
         )
 
-    numbers = (jnp.asarray(number, jnp.int32) for number in (row, start, left))
-    inline((plgpu.RefType(),) * 2 + (NUMBER,) * 3, run, source, target, *numbers)
+    numbers = (jnp.asarray(number, jnp.int32) for number in (start, left))
+    inline((plgpu.RefType(),) * 2 + (NUMBER,) * 2, run, source, target, *numbers)
 
 
-def brought(barriers: Any, number: int) -> None:
-    """End the phase of a barrier as soon as all copies are there that a warpgroup has begun by `bring`."""
-    _tell(barriers, number, "cp.async.mbarrier.arrive.noinc.shared.b64 [$0];")
+def share(
+    source: Any, start: Any, left: Any, target: Any, place: int, rows: int, barriers: Any, own: jax.Array
+) -> None:
+    """Start to copy the same elements of some rows to a pair of blocks, of which this one, 0 or 1, is its `own`.
+
+    SPAN elements of each row go from `start` of `source` to `place` of `target`, the even rows by one block and the odd
+    ones by the other, but only the first `left`; zeros follow them. The barrier of the place, of either block, waits
+    for all the bytes.
+    """
+
+    def run(_: Any, source: Any, target: Any, barriers: Any, *numbers: Any) -> None:
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        start, left, own = (value.registers.item() for value in numbers)
+
+        def constant(number: int) -> Any:
+            return arith.constant(i32, number)
+
+        def at(ref: Any, row: Any, column: Any) -> Any:
+            pitch = ir.MemRefType(ref.type).get_strides_and_offset()[0][0]
+            return pointer(ref, arith.addi(arith.muli(row, constant(pitch)), column))
+
+        size = arith.muli(arith.minsi(arith.maxsi(left, constant(0)), constant(SPAN)), constant(2))
+        barrier = shared(utils.getelementptr(utils.memref_ptr(barriers), [place // SPAN], i64))
+        mine = arith.muli(thread(), constant(8))
+        with utils.when(arith.cmpi(arith.CmpIPredicate.sge, mine, left)):
+            for row in range(rows):
+                to = shared(at(target, constant(row), arith.addi(mine, constant(place))))
+                perform("st.shared.v4.b32 [$0], {$1, $1, $1, $1};", "r,r", to, constant(0))
+            perform("fence.proxy.async.shared::cta;")  # copies in bulk come here in other phases
+        with utils.when(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)):
+            total = arith.muli(size, constant(rows))
+            perform("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [$0], $1;", "r,r", barrier, total)
+        # A thread in each warp has a row, as those of one would copy one after the other.
+        warp, lane = (op(thread(), constant(utils.WARP_SIZE)) for op in (arith.divui, arith.remui))
+        row = arith.addi(arith.muli(warp, constant(2)), own)
+        one = arith.cmpi(arith.CmpIPredicate.eq, lane, constant(0))
+        real = arith.cmpi(arith.CmpIPredicate.slt, row, constant(rows))
+        some = arith.cmpi(arith.CmpIPredicate.sgt, size, constant(0))
+        with utils.when(arith.andi(arith.andi(one, real), some)):
+            perform(
+                "{ .reg .b16 both; mov.b16 both, 3; cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                ".multicast::cluster [$0], [$1], $2, [$3], both; }",
+                "r,l,r,r",
+                *(shared(at(target, row, constant(place))), at(source, row, start), size, barrier),
+            )
+
+    numbers = (jnp.asarray(number, jnp.int32) for number in (start, left, own))
+    inline((plgpu.RefType(),) * 3 + (NUMBER,) * 3, run, source, target, barriers, *numbers)
 
 
 def tell(barriers: Any, number: int) -> None:
     """End the phase of a barrier: for a warpgroup, what any thread of which stored is seen by those that wait."""
-    _tell(barriers, number, "{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [$0]; }")
 
-
-def _tell(barriers: Any, number: int, code: str) -> None:
     def run(_: Any, barriers: Any) -> None:
         i64 = ir.IntegerType.get_signless(64)
         barrier = shared(utils.getelementptr(utils.memref_ptr(barriers), [number], i64))
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [barrier], code, "r,~{memory}", has_side_effects=True)
+        _arrive(barrier)
 
     inline((plgpu.RefType(),), run, barriers)
+
+
+def _arrive(barrier: Any) -> None:
+    """A thread of each warp, for all of it."""
+    i32 = ir.IntegerType.get_signless(32)
+    perform("bar.warp.sync 0xffffffff;")
+    lane = arith.remui(thread(), arith.constant(i32, utils.WARP_SIZE))
+    with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane, arith.constant(i32, 0))):
+        perform("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [$0]; }", "r", barrier)
+
+
+def arrive(barriers: Any, slot: jax.Array) -> None:
+    """The same of a slot."""
+
+    def run(_: Any, barriers: Any, slot: Any) -> None:
+        _arrive(shared(_barrier(barriers, slot).get_ptr()))
+
+    inline((plgpu.RefType(), NUMBER), run, barriers, slot)
 
 
 def cut() -> None:
     """Tell what was begun by `bring` since the last time from what follows: see `present.ensure`."""
     instruct("cp.async.commit_group;")
-
-
-def finish() -> None:
-    """Wait for all that a thread has begun by `bring`."""
-    instruct("cp.async.wait_all;")
 
 
 def fence() -> None:
@@ -345,7 +406,7 @@ def instruct(code: str) -> None:
     """An instruction that takes and gives nothing."""
 
     def run(_: Any) -> None:
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], code, "~{memory}", has_side_effects=True)
+        perform(code)
 
     inline((), run)
 

@@ -178,7 +178,8 @@ def ring(shape: LayerShape, layers: int, batch: int) -> int:
     tables = 8 * layers * sum(shape.matrices), 8 * layers * 2
     queries, *warps = map(math.prod, shape.sides)
     sides = 2 * queries, *(4 * size for size in warps)
-    sizes = 2 * rows * width, 4 * rows, 8 * SLOTS, 8 * (width // SPAN + 1), *tables, *sides
+    barriers = 8 * SLOTS, 8 * SLOTS, 8 * (width // SPAN + 1)
+    sizes = 2 * rows * width, 4 * rows, *barriers, *tables, *sides
     taken = RESERVED + sum(whole(size, ALIGNED) for size in sizes)
     return min(SLOTS, (SHARED - taken) // (2 * ROWS * SPAN))
 

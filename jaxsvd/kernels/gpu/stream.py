@@ -20,6 +20,7 @@ from jaxsvd.kernels.gpu import present, ptx
 from jaxsvd.kernels.gpu.perlayer import load
 from jaxsvd.kernels.gpu.shape import BATCH, ROWS, SPAN, loose, roomy, slots, whole
 
+PAIR = "pair"  # the axis of the blocks that share what is brought of several rows
 SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add up
 
 # How four warps hold a tile: of every 128 inputs 32 each, 16 bytes to a thread, as mma wants its B.
@@ -181,7 +182,7 @@ class Stream:
     ) -> None:
         self._block, self._blocks, self._batch, self._slots, self.interpret = block, blocks, batch, slots, interpret
         self._ring, self._held, self._scales, *barriers = scratch
-        self._full, self._empty, self._together, self._ready, self._left, self._arrived = barriers
+        self._full, self._empty, self._ready, self._left, self._arrived, *self._both = barriers
 
     @staticmethod
     def scratch(slots: int, held: tuple[int, int], interpret: bool) -> list[Any]:
@@ -190,19 +191,19 @@ class Stream:
             plgpu.SMEM((slots, ROWS, SPAN), jnp.bfloat16),
             plgpu.SMEM(held, jnp.bfloat16),
             plgpu.SMEM(held[:1], jnp.float32),
-            plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32),
-            plgpu.Barrier(num_barriers=slots),
-            plgpu.Barrier(),
+            *[plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32)] * 2,
             plgpu.Barrier(),
             plgpu.Barrier(),
             plgpu.Barrier() if interpret else plgpu.SMEM((held[1] // SPAN + 1, 2), jnp.int32),
+            *([plgpu.ClusterBarrier(collective_axes=(PAIR,))] if held[0] > 1 and not interpret else []),
         ]
 
     def open(self) -> None:
         """Before `fill`: zeros in the ring, as what is behind an edge is multiplied, and in rows of no token."""
         if not self.interpret:
             ptx.prepare(self._full, 1)
-            ptx.prepare(self._arrived, 128)
+            ptx.prepare(self._arrived, 4)
+            ptx.prepare(self._empty, 4)
             layout = plgpu.Layout.WG_STRIDED((ROWS, SPAN), 8)
             for slot in range(self._slots):
                 self._ring.at[slot][...] = full(0.0, (ROWS, SPAN), layout, jnp.bfloat16)
@@ -260,7 +261,7 @@ class Stream:
 
         @pl.when(count >= self._slots)
         def wait() -> None:
-            plgpu.barrier_wait(self._empty.at[slot])
+            self._emptied(count - self._slots)
 
         fetch(self._ring.at[slot], self._full, slot)
         return count + 1
@@ -273,19 +274,35 @@ class Stream:
         else:
             ptx.wait(self._full, slot, lax.rem(lax.div(count, self._slots), 2))
         found = read(self._ring.at[slot])
-        plgpu.barrier_arrive(self._empty.at[slot])
+        self._release(count)
         return found
+
+    def _emptied(self, count: jax.Array) -> None:
+        """Wait until the slot of this number has been released."""
+        slot = lax.rem(count, self._slots)
+        if self.interpret:
+            plgpu.barrier_wait(self._empty.at[slot])
+        else:
+            ptx.wait(self._empty, slot, lax.rem(lax.div(count, self._slots), 2))
+
+    def _release(self, count: jax.Array) -> None:
+        """It is empty again."""
+        slot = lax.rem(count, self._slots)
+        if self.interpret:
+            plgpu.barrier_arrive(self._empty.at[slot])
+        else:
+            ptx.arrive(self._empty, slot)
 
     def together(self) -> None:
         """What any thread of the warpgroup has stored in shared memory before is seen by all behind it."""
-        plgpu.barrier_arrive(self._together)
-        plgpu.barrier_wait(self._together)
+        if not self.interpret:
+            ptx.together()
 
     def drain(self, count: jax.Array) -> None:
         """Wait until all that was copied has been used: no block may end before."""
 
         def wait(i: jax.Array, _: None) -> None:
-            plgpu.barrier_wait(self._empty.at[lax.rem(i, self._slots)])
+            self._emptied(i)
 
         lax.fori_loop(jnp.maximum(count - self._slots, 0), count, wait, None)
 
@@ -293,70 +310,104 @@ class Stream:
         """Before `multiply`: what is held is not read any more, and `hold` may bring the next x."""
         plgpu.barrier_arrive(self._left)
 
-    def hold(self, phase: Phase, meet: Callable[[], None]) -> None:
-        """Bring what a phase reads to shared memory, bfloat16, a slot's inputs after the other.
-
-        First it waits until the phase before has been left, and for the blocks, to `meet`.
-        """
+    def clear(self, meet: Callable[[], None] = lambda: None) -> None:
+        """Wait until what is held has been left, by the other block of a pair too, and for the blocks, to `meet`."""
         plgpu.barrier_wait(self._left)
+        for both in self._both:
+            plgpu.barrier_arrive(both)
         meet()
+        for both in self._both:
+            plgpu.barrier_wait(both)
+
+    def hold(self, number: jax.Array, phase: Phase, meet: Callable[[], None]) -> None:
+        """Bring what a phase reads, the `number`-th of all, to shared memory, a slot's inputs after the other.
+
+        See `clear` for what it waits for.
+        """
+        self.clear(meet)
+        if self._both:
+            ptx.instruct("fence.proxy.async.global;")  # what other threads stored is read by copies in bulk
         parts = [(x, part, place + part) for place, x in phase.places.items() for part in range(0, roomy(x.most), SPAN)]
         for x, part, place in parts:
             self._bring(x, part, place)
-        if phase.norm:
-            self._scale(phase.norm)
-        if self.interpret:
-            plgpu.barrier_arrive(self._arrived)
-            return
-        if loose(self._batch):
+        squares = self._squares(phase.norm) if phase.norm else []
+        peeked = self.peek(squares, self._apiece)  # they come while x does
+        if loose(self._batch) and not self.interpret:
             for behind, (x, part, place) in zip(reversed(range(len(parts))), parts, strict=True):
                 present.ensure(x.ref, x.start + part, self._held, place, behind)
                 ptx.tell(self._arrived, place // SPAN)
+        if phase.norm:
+            self._scale(phase.norm, self.settle(squares, peeked, self._apiece))
+        if self.interpret:
+            plgpu.barrier_arrive(self._arrived)
+            return
         for unused in range(len(parts), self._spans):
             ptx.tell(self._arrived, unused)
-        ptx.finish()
+        for span in range(len(parts) if self._both else 0):
+            self._await(span, number)
         ptx.tell(self._arrived, self._spans)
 
     def _bring(self, x: X, part: int, place: int) -> None:
         """Start to copy the elements of x from `part` on to `place` of what is held, and zeros behind its end."""
-        left = x.width - part
+        start, left = x.start + part, x.width - part
+        if self._both:
+            ptx.share(x.ref, start, left, self._held, place, self._batch, self._arrived, lax.axis_index(PAIR))
+            ptx.tell(self._arrived, place // SPAN)
+            return
+        if not self.interpret:
+            ptx.bring(x.ref, start, left, self._held, place)
+            ptx.cut()
+            return
 
         def row(i: jax.Array, _: None) -> None:
-            if not self.interpret:
-                ptx.bring(x.ref, i, x.start + part, left, self._held, place)
-                return
-            values = load(x.ref.at[i, pl.ds(x.start + part, SPAN)], strided(8))
+            values = load(x.ref.at[i, pl.ds(start, SPAN)], strided(8))
             inside = plgpu.broadcasted_iota(jnp.int32, (SPAN,), 0, layout=strided(8)) < left
             self._held.at[i, pl.ds(place, SPAN)][...] = jnp.where(inside, values, jnp.zeros((), values.dtype))
 
         lax.fori_loop(0, self._batch, row, None)
-        if not self.interpret:
-            ptx.cut() if loose(self._batch) else ptx.brought(self._arrived, place // SPAN)
 
-    def _scale(self, norm: Norm) -> None:
-        """Put the scales of all rows into shared memory: a warp has a row, or all have the one."""
-        several, parts = self._batch > 1, pl.ds(norm.start, squares(norm.width))
-        layout = APIECE if several else APIECE.reduce((0,))
-        for first in range(0, self._batch, 4):
-            rows = pl.ds(first, 4) if several else 0
-            (each,) = self.receive([norm.squares.at[rows, parts]], layout)
+    @property
+    def _apiece(self) -> Any:
+        """How warps hold what belongs to rows: each has one of them, or all have the one."""
+        return APIECE if self._batch > 1 else APIECE.reduce((0,))
+
+    def _squares(self, norm: Norm) -> list[Any]:
+        """The squares of the rows, as many rows to each as there are warps."""
+        parts = pl.ds(norm.start, squares(norm.width))
+        rows = [pl.ds(first, 4) for first in range(0, self._batch, 4)] if self._batch > 1 else [0]
+        return [norm.squares.at[some, parts] for some in rows]
+
+    def _scale(self, norm: Norm, squares: Sequence[jax.Array]) -> None:
+        """Put the scales of all rows into shared memory."""
+        for i, each in enumerate(squares):
             scale = lax.rsqrt(jnp.sum(each, axis=-1) / norm.width + norm.eps)
-            if several:
-                self._scales.at[rows][...] = scale
+            if self._batch > 1:
+                self._scales.at[pl.ds(4 * i, 4)][...] = scale
             else:
                 self._scales[0] = scale
 
-    def peek(self, refs: Sequence[Any], layout: Any) -> list[jax.Array]:
-        """Begin to `receive`."""
-        return [load(ref, layout) for ref in refs] if self.interpret else present.peek(refs, layout)
+    def peek(self, regions: Sequence[Any], layout: Any) -> list[jax.Array]:
+        """Begin to read what blocks have sent, or are about to: regions of global memory in a layout. See `present`."""
+        if not self.interpret:
+            return present.peek(regions, layout)
+        return [
+            jnp.stack([load(part, layout.reduce((0,))) for part in region.parts])
+            if isinstance(region, present.Piece)
+            else load(region, layout)
+            for region in regions
+        ]
 
-    def settle(self, refs: Sequence[Any], found: Sequence[jax.Array], layout: Any) -> list[jax.Array]:
+    def settle(self, regions: Sequence[Any], found: Sequence[jax.Array], layout: Any) -> list[jax.Array]:
         """End what `peek` has begun."""
-        return list(found) if self.interpret else present.settle(refs, found, layout)
+        return list(found) if self.interpret else present.settle(regions, found, layout)
 
-    def receive(self, refs: Sequence[Any], layout: Any) -> list[jax.Array]:
-        """What blocks have sent, or are about to: regions of global memory in a layout. See `present`."""
-        return self.settle(refs, self.peek(refs, layout), layout)
+    def send(self, piece: present.Piece, values: jax.Array, layout: Any) -> None:
+        """Store the parts of a piece, of which there may be less than four."""
+        if not self.interpret:
+            present.send(piece, values, layout)
+            return
+        for i, part in enumerate(piece.parts[: piece.count - piece.first]):
+            part[...] = values[i]
 
     def _scaled(self, found: jax.Array) -> jax.Array:
         """The sums of a tile times the scales of their rows."""
