@@ -16,7 +16,7 @@ CONFIG = {
     "model_type": "qwen3",
     "vocab_size": 128,
     "hidden_size": 192,
-    "intermediate_size": 4160,  # which of several rows goes in two pieces
+    "intermediate_size": 4160,  # of several rows more than is held
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -137,7 +137,7 @@ def test_what_is_read_was_sent(ranks, batch, monkeypatch):
         if len(set(shapes)) > 1:
             shape = shape.of([jnp.int32(rank) for rank in shape.ranks])  # as the kernel has them
         weights = [[None] * count for count in shape.matrices]
-        buffers = Buffers(anything, vectors, squares, anything)
+        buffers = Buffers(anything, vectors, squares)
         arguments = weights, (anything, anything), buffers, stream, height(batch)
         room = Products(shape, 0, len(shapes), *arguments).size
         layer = Products(shape, number, len(shapes), *arguments, room)

@@ -57,7 +57,8 @@ class GPU(XLA):
         shapes = aligned(_shapes(heads, plans))
         if shapes is None:
             return "layers must not differ in more than their ranks"
-        return next(filter(None, (shape.obstacle(len(shapes), batch, capacity) for shape in shapes)), None)
+        found = (shape.obstacle(len(shapes), batch, capacity, self.cores) for shape in shapes)
+        return next(filter(None, found), None)
 
     def decoder(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]], batch: int) -> Callable[..., jax.Array]:
         """See `Fused.decoder`."""

@@ -27,7 +27,7 @@ from jaxsvd.kernels.gpu import present, ptx
 from jaxsvd.kernels.gpu.attention import Attention, splits
 from jaxsvd.kernels.gpu.perlayer import PerLayer, table
 from jaxsvd.kernels.gpu.products import Buffers, Products
-from jaxsvd.kernels.gpu.shape import ROWS, SPAN, LayerShape, aligned, height, loose, ring
+from jaxsvd.kernels.gpu.shape import ROWS, SPAN, LayerShape, aligned, height, loose, ring, used
 from jaxsvd.kernels.gpu.stream import PAIR, SCRATCH, Stream, squares
 
 # Of a thread that multiplies, and of those that copy: no more in all than 3·168, with which three warpgroups begin.
@@ -83,16 +83,16 @@ def make_layers(
     shape, layers = all_shapes[0], len(shapes)
     hidden, rows = shape.qkv.inputs, height(batch)
     counts = shape.matrices
-    nothing = [[None] * count for count in counts], (None, None), Buffers(*[None] * 4), None
+    nothing = [[None] * count for count in counts], (None, None), Buffers(*[None] * 3), None
     sizes = Products(shape, 0, layers, *nothing, rows)
     room = sizes.size
     fenced = not loose(batch)
     pairs = [] if loose(batch) or interpret else [2]
-    blocks -= blocks % math.prod(pairs)
+    blocks = used(blocks, batch)
     parted = splits(batch * shape.kv_heads) > 1  # whether the cache of a head is, and must be put together
-    meetings = sum(not phase.goes_on for phase in sizes.phases) + 1 + parted  # of a layer
+    meetings = len(sizes.phases) + 1 + parted  # of a layer
     matrices = sum(counts)  # of a layer
-    slots = ring(shape, layers, batch)
+    slots = ring(shape, layers, batch, blocks)
     ranks = None if len(set(shapes)) == 1 else np.array([one.ranks for one in all_shapes], np.int32)
 
     def body(*refs: Any) -> None:
@@ -103,7 +103,7 @@ def make_layers(
         ranked = None if ranks is None else next(take)
         weights = [[next(take) for _ in range(layers)] for _ in range(matrices)]
         caches = [[next(take) for _ in range(layers)] for _ in range(2)]
-        buffers = Buffers(*(next(take) for _ in range(4)))
+        buffers = Buffers(*(next(take) for _ in range(3)))
         parts = [next(take) for _ in range(3)]
         tables = [None, None] if interpret else [next(take) for _ in range(2)]
         warps = [next(take) for _ in range(4)]
@@ -138,44 +138,47 @@ def make_layers(
             if not interpret:
                 ptx.announce(counter, fenced)
 
+        turns = [stream.turns(phase) for phase in sizes.phases]
+
+        def turn(layer: jax.Array, number: int) -> jax.Array:
+            """The number of the first turn of what is held in a phase of a layer."""
+            return layer * sum(turns) + sum(turns[:number])
+
         def run(layer: jax.Array, count: jax.Array) -> jax.Array:
             products = of(layer)
             attention, phases = attention_of(layer, products), products.phases
             for number, (phase, deal) in enumerate(zip(phases, stream.deal(phases), strict=True)):
                 if number == len(products.before):
-                    met = sum(not phase.goes_on for phase in products.before)
-                    meet(layer, met, fenced)
+                    meet(layer, number, fenced)
                     count = attention.attend(stream, count)
                     announce(fenced=True)
                     if parted:
-                        meet(layer, met + 1, fenced=True)
+                        meet(layer, number + 1, fenced=True)
                         attention.combine()
                         announce(fenced)
                 stream.leave()
-                count = stream.multiply(layer * len(phases) + number, count, phase, deal)
-                if not phase.goes_on:
-                    announce(fenced)
+                count = stream.multiply(turn(layer, number), count, phase, deal)
+                announce(fenced)
             return count
 
         def hold(layer: jax.Array, _: None) -> None:
-            products, met, waits = of(layer), 0, True
+            products = of(layer)
+            before = len(products.before)
             for number, phase in enumerate(products.phases):
-                behind = number == len(products.before)  # attention
-                met += (1 + parted) * behind
-                wait = partial(meet, layer, met, fenced) if waits else lambda: None
-                stream.hold(layer * len(products.phases) + number, phase, wait)
-                waits = not phase.goes_on
-                met += waits
-                if behind and not interpret:
+                met = number + (1 + parted) * (number >= before)  # attention is between
+                stream.hold(turn(layer, number), phase, partial(meet, layer, met, fenced))
+                if number == before and not interpret:
                     # The layer before has been left by all, and this one's attention too.
                     products.clear(block, blocks)
                     ptx.fence()
 
         def fill(layer: jax.Array, count: jax.Array) -> jax.Array:
             products = of(layer)
-            deals, before = stream.deal(products.phases), len(products.before)
-            count = attention_of(layer, products).fill(stream, stream.fill(count, deals[:before]))
-            return stream.fill(count, deals[before:])
+            phases, before = products.phases, len(products.before)
+            deals = stream.deal(phases)
+            count = stream.fill(count, phases[:before], deals[:before])
+            count = attention_of(layer, products).fill(stream, count)
+            return stream.fill(count, phases[before:], deals[before:])
 
         def publish(table: Any, arrays: Sequence[Sequence[Any]]) -> None:
             if table is not None:
@@ -210,11 +213,12 @@ def make_layers(
     tables = [] if interpret else [table(layers * matrices), table(layers * 2)]
     kernel = plgpu.kernel(
         body,
-        out_type=[
-            jax.ShapeDtypeStruct((rows, max(sum(group.most) for group in shape.groups)), jnp.float32),
-            *(jax.ShapeDtypeStruct(size, jnp.float32) for size in Attention.partials(shape, batch)),
+        out_type=[jax.ShapeDtypeStruct(size, jnp.float32) for size in Attention.partials(shape, batch)],
+        scratch_types=[
+            *tables,
+            *Attention.scratch(shape),
+            *Stream.scratch(slots, shape.held(batch), shape.swept(batch, blocks), bool(interpret)),
         ],
-        scratch_types=[*tables, *Attention.scratch(shape), *Stream.scratch(slots, shape.held(batch), bool(interpret))],
         grid=(blocks // math.prod(pairs),),
         grid_names=("block",),
         cluster=tuple(pairs),

@@ -1,7 +1,7 @@
 """The products of a layer, and what the blocks tell each other by."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,8 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import present
 from jaxsvd.kernels.gpu.perlayer import load
-from jaxsvd.kernels.gpu.shape import ROWS, Group, LayerShape, roomy, widest
-from jaxsvd.kernels.gpu.stream import Norm, Phase, Streamed, Tiles, X, columns, squares, sums
+from jaxsvd.kernels.gpu.phases import Norm, Phase, Streamed, Tiles, X
+from jaxsvd.kernels.gpu.shape import ROWS, Group, LayerShape, roomy
+from jaxsvd.kernels.gpu.stream import columns, squares, sums
 
 
 def gate(g: jax.Array, u: jax.Array) -> jax.Array:
@@ -31,8 +32,7 @@ class Buffers:
 
     residual: Any  # the residual stream, float32
     vectors: Any  # what products read and give, bfloat16
-    squares: Any  # of the residual stream before its two norms, float32 (see `stream.Norm`), and behind them a counter
-    unfinished: Any  # the sums of products that go in pieces, float32
+    squares: Any  # of the residual stream before its two norms, float32 (see `phases.Norm`), and behind them a counter
 
 
 @dataclass
@@ -109,45 +109,11 @@ class Products:
         x = X(self.buffers.vectors, self.normed[norm], width, width)
         return x, Norm(self.buffers.squares, start, width, self.shape.eps)
 
-    def _pieces(self, x: X, tiles: Tiles, norm: Norm | None = None, fixed: bool = False) -> list[Phase]:
-        """The phases of a product: several if x is of several rows and too wide, of which each adds to the one before.
-
-        A block has the same tiles in all of them, so what is unfinished is read by who has stored it.
-        """
-        step = widest(self.height)
-        if x.width <= step:
-            return [Phase([x], [tiles], norm, fixed=fixed)]
-        members, phases = tiles.members, []
-
-        def unfinished(row: jax.Array) -> list[Any]:
-            return [columns(self.buffers.unfinished, member.row + row, ROWS) for member in members]
-
-        for begin in range(0, x.width, step):
-            end = min(begin + step, x.width)
-            goes_on = end < x.width
-
-            def early(row: jax.Array, begin: int = begin, goes_on: bool = goes_on) -> tuple[Any, Any]:
-                before = [load(ref, self.layout) if begin else 0.0 for ref in unfinished(row)]
-                return before, None if goes_on else tiles.early(row)
-
-            def store(row: jax.Array, sums: list[jax.Array], early: tuple[Any, Any], goes_on: bool = goes_on) -> None:
-                totals = [new + before for new, before in zip(sums, early[0], strict=True)]
-                if not goes_on:
-                    tiles.store(row, totals, early[1])
-                    return
-                for ref, total in zip(unfinished(row), totals, strict=True):
-                    ref[...] = total
-
-            piece = replace(x, start=x.start + begin, width=end - begin, most=end - begin)
-            parts = [replace(member, begin=begin, end=end) for member in members]
-            phases.append(Phase([piece], [Tiles(tiles.rows, parts, store, early)], norm, goes_on, fixed))
-        return phases
-
     def _first(self, group: Group, weight: Any, x: X, norm: Norm | None = None) -> tuple[list[Phase], list[Any]]:
         """The product that serves a whole group, and where each member's result begins."""
         strip = self._take(sum(group.most))
-        phases = self._pieces(x, self._tiles(sum(group.widths), [Streamed(weight, group.inputs)], strip), norm)
-        return phases, [strip + start for start in group.starts]
+        tiles = self._tiles(sum(group.widths), [Streamed(weight, group.inputs)], strip)
+        return [Phase([x], [tiles], norm)], [strip + start for start in group.starts]
 
     def _second(self, group: Group, weights: Sequence[Any], places: Sequence[Any]) -> tuple[list[X], list[Streamed]]:
         """The V of each low-rank member, and what they read, which lies at `places`."""
@@ -227,7 +193,7 @@ class Products:
         if not group.low_rank:
             lone = Streamed(weights[0], group.inputs)
             tiles = Tiles(group.outputs[0], [lone], lambda row, sums, held: add(row, sums[0], held), held)
-            return self._pieces(x, tiles, fixed=True)
+            return [Phase([x], [tiles], fixed=True)]
         phases, places = self._first(group, weights[0], x)
         strips, members = self._second(group, weights[1:], places)
 
@@ -248,7 +214,7 @@ class Products:
 
         if not group.low_rank:
             members = [Streamed(weights[0], group.inputs, start) for start in group.starts]
-            return self._pieces(x, Tiles(group.outputs[0], members, lambda row, sums, _: put(row, sums)), norm)
+            return [Phase([x], [Tiles(group.outputs[0], members, lambda row, sums, _: put(row, sums))], norm)]
         phases, places = self._first(group, weights[0], x, norm)
         strips, members = self._second(group, weights[1:], places)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
 BATCH = 8  # rows of x that it takes at most: half of its m
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
-WIDEST = 4096  # inputs that are held of several rows of x: wider products, but V, go in pieces
+WIDEST = 4096  # inputs that are held of several rows of x at once
 APART = 32  # elements between rows of x in shared memory, lest all begin in the same bank
 TOKENS = 32  # of the cache that a block attends to at once: keys and values of heads of 128 fill a slot
 HEADS = 8  # of queries that do so at once: the rows of mma that are used
@@ -143,6 +143,11 @@ class LayerShape:
         """The shape of a phase's x in shared memory, at most."""
         return height(batch), max(group.held(widest(batch)) for group in self.groups) + (APART if batch > 1 else 0)
 
+    def swept(self, batch: int, blocks: int) -> int:
+        """The tiles whose sums a block holds at once, at most: those of products that read more than is held."""
+        wide = [group for group in self.groups if group.inputs > widest(batch)]
+        return max((-(-sum(group.most) // (ROWS * blocks)) + 1 for group in wide), default=0)
+
     @property
     def together(self) -> int:
         """Heads of queries to a head of keys, in whole HEADS."""
@@ -154,15 +159,18 @@ class LayerShape:
         heads, width = self.together, self.head_dim
         return [(heads, width), (4, heads), (4, heads), (4, heads, width)]
 
-    def obstacle(self, layers: int, batch: int, capacity: int) -> str | None:
-        """Why the kernel can't run so many layers of this shape with a cache for so many tokens a row, or None."""
+    def obstacle(self, layers: int, batch: int, capacity: int, blocks: int) -> str | None:
+        """Why the kernel can't run so many layers of this shape with a cache for so many tokens a row, or None.
+
+        There are so many blocks.
+        """
         sizes = [size for group in self.groups for size in (group.inputs, *group.widths, *group.outputs)]
         odd = [size for size in sizes if size % UNIT]
         if odd:
             return f"widths must be multiples of {UNIT}, which {odd[0]} is not"
         if self.head_dim not in (64, 128):
             return f"heads must be 64 or 128 wide, not {self.head_dim}"
-        if ring(self, layers, batch) < FEWEST:
+        if ring(self, layers, batch, used(blocks, batch)) < FEWEST:
             rows, width = self.held(batch)
             return f"a multiprocessor has no room for {rows}·{width} elements and the addresses of {layers} layers"
         if capacity % TOKENS:
@@ -172,14 +180,20 @@ class LayerShape:
         return None
 
 
-def ring(shape: LayerShape, layers: int, batch: int) -> int:
-    """The slots for which shared memory has room, beside addresses, the greatest x, and what attention needs."""
+def used(blocks: int, batch: int) -> int:
+    """How many of the blocks: of several rows they go in pairs; a lone one is the interpreter's."""
+    return blocks if batch == 1 or blocks == 1 else blocks - blocks % 2
+
+
+def ring(shape: LayerShape, layers: int, batch: int, blocks: int) -> int:
+    """The slots for which shared memory has room, beside addresses, the greatest x, sums, and what attention needs."""
     rows, width = shape.held(batch)
     tables = 8 * layers * sum(shape.matrices), 8 * layers * 2
     queries, *warps = map(math.prod, shape.sides)
     sides = 2 * queries, *(4 * size for size in warps)
     barriers = 8 * SLOTS, 8 * SLOTS, 8 * (width // SPAN + 1)
-    sizes = 2 * rows * width, 4 * rows, *barriers, *tables, *sides
+    sums = 4 * 4 * BATCH * ROWS * shape.swept(batch, blocks)
+    sizes = 2 * rows * width, 4 * rows, *barriers, *tables, *sides, sums
     taken = RESERVED + sum(whole(size, ALIGNED) for size in sizes)
     return min(SLOTS, (SHARED - taken) // (2 * ROWS * SPAN))
 

@@ -6,7 +6,6 @@ to shared memory too, on tensor cores: not for their speed, but as one instructi
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import present, ptx
 from jaxsvd.kernels.gpu.perlayer import load
-from jaxsvd.kernels.gpu.shape import BATCH, ROWS, SPAN, loose, roomy, slots, whole
+from jaxsvd.kernels.gpu.phases import Norm, Phase, Streamed, Tiles, X
+from jaxsvd.kernels.gpu.shape import BATCH, ROWS, SPAN, loose, whole
 
 PAIR = "pair"  # the axis of the blocks that share what is brought of several rows
 SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add up
@@ -74,98 +74,6 @@ def strided(vector: int) -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
-@dataclass(frozen=True)
-class X:
-    """Something that products read: elements [start, start + width) of each row of `ref` (1 or BATCH, n), bfloat16.
-
-    Where the width is known at run time only, it is at most `most`. What the ring held before lies behind the edge of a
-    slot, against zeros of x: all weights, keys and values are to be finite. It may be on its way: see `present`.
-    """
-
-    ref: Any
-    start: Any
-    width: Any
-    most: int
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm of what products read, but for its weights, which x has been multiplied with: the sums are scaled.
-
-    Those elements of `squares` (1 or BATCH, n) float32 from `start` on that `squares` counts add up to the squares of
-    the `width` elements of each row.
-    """
-
-    squares: Any
-    start: Any
-    width: int
-    eps: float
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """Rows of a weight (n, inputs) from `row` on, and where what they are multiplied with lies in shared memory.
-
-    Where they are multiplied in pieces, this is the one of inputs [begin, end).
-    """
-
-    weight: Any  # PerLayer
-    inputs: Any
-    row: Any = 0
-    x: int = 0
-    begin: int = 0
-    end: int | None = None
-
-    @property
-    def slots(self) -> Any:
-        """How many a tile takes."""
-        return slots(self.inputs if self.end is None else self.end - self.begin)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """`rows` rows of each member, ROWS at a time.
-
-    `early(row)` is run before a tile's products, for loads that they hide, and `store(row, sums, its result)` behind.
-    """
-
-    rows: Any
-    members: Sequence[Streamed]
-    store: Callable[[jax.Array, list[jax.Array], Any], None]
-    early: Callable[[jax.Array], Any] = lambda row: None
-
-    @property
-    def count(self) -> Any:
-        """How many tiles of all blocks."""
-        return self.rows >> (ROWS.bit_length() - 1)  # a shift, as for `slots`
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Products that need no meeting of the blocks between them, and what they read.
-
-    Each x begins in shared memory behind the whole slots of the one before, and zeros follow it there: what a slot
-    holds behind the edge of its weight is left from another. If it `goes_on`, the next phase has other inputs of the
-    same tiles: each block goes on with its own, and they need not meet. If it is `fixed`, a block has the same tiles in
-    all layers and other such phases: nobody else need know what it keeps for them.
-    """
-
-    x: Sequence[X]
-    tiles: Sequence[Tiles]
-    norm: Norm | None = None
-    goes_on: bool = False
-    fixed: bool = False
-
-    @property
-    def places(self) -> dict[int, X]:
-        """Where each x begins in shared memory."""
-        places, start = {}, 0
-        for x in self.x:
-            places[start] = x
-            start += roomy(x.most)
-        return places
-
-
 # Of a phase: its tiles, this block's first one of them, and how many it has.
 Deal = list[tuple[Tiles, jax.Array, jax.Array]]
 
@@ -181,20 +89,22 @@ class Stream:
         self, block: jax.Array, blocks: int, batch: int, slots: int, scratch: Sequence[Any], interpret: bool
     ) -> None:
         self._block, self._blocks, self._batch, self._slots, self.interpret = block, blocks, batch, slots, interpret
-        self._ring, self._held, self._scales, *barriers = scratch
+        self._ring, self._held, self._scales, self._sums, *barriers = scratch
         self._full, self._empty, self._ready, self._left, self._arrived, *self._both = barriers
 
     @staticmethod
-    def scratch(slots: int, held: tuple[int, int], interpret: bool) -> list[Any]:
-        """What a block needs in shared memory; `held` is the shape of a phase's x."""
+    def scratch(slots: int, held: tuple[int, int], swept: int, interpret: bool) -> list[Any]:
+        """What a block needs in shared memory; `held` is the shape of a phase's x. See `LayerShape`."""
+        spans = held[1] // SPAN
         return [
             plgpu.SMEM((slots, ROWS, SPAN), jnp.bfloat16),
             plgpu.SMEM(held, jnp.bfloat16),
             plgpu.SMEM(held[:1], jnp.float32),
+            plgpu.SMEM((swept, 4, BATCH, ROWS), jnp.float32),
             *[plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32)] * 2,
             plgpu.Barrier(),
-            plgpu.Barrier(),
-            plgpu.Barrier() if interpret else plgpu.SMEM((held[1] // SPAN + 1, 2), jnp.int32),
+            plgpu.Barrier(num_barriers=1 + (spans if held[0] > 1 else 0)),  # Pallas has room for 32
+            plgpu.Barrier() if interpret else plgpu.SMEM((spans + 1, 2), jnp.int32),
             *([plgpu.ClusterBarrier(collective_axes=(PAIR,))] if held[0] > 1 and not interpret else []),
         ]
 
@@ -230,29 +140,41 @@ class Stream:
                 first = lax.rem(self._block + (self._blocks - behind), self._blocks)
                 deals[-1].append((tiles, first, share(tiles.count, first, self._blocks)))
                 behind = lax.rem(behind + tiles.count, self._blocks)
-            shift = shift if phase.goes_on or phase.fixed else behind
+            shift = shift if phase.fixed else behind
         return deals
 
     def _row(self, first: jax.Array, i: jax.Array) -> jax.Array:
         return (first + i * self._blocks) * ROWS
 
-    def fill(self, count: jax.Array, deals: Sequence[Deal]) -> jax.Array:
-        """Copy this block's tiles of a layer, in order, each as soon as there is room; the count behind them."""
-        for deal in deals:
+    def fill(self, count: jax.Array, phases: Sequence[Phase], deals: Sequence[Deal]) -> jax.Array:
+        """Copy this block's tiles of some phases, in order, each as soon as there is room; the count behind them."""
+        for phase, deal in zip(phases, deals, strict=True):
             for tiles, first, mine in deal:
 
-                def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, first: Any = first) -> jax.Array:
+                def copy(i: jax.Array, span: Any, count: jax.Array, member: Streamed, first: Any = first) -> jax.Array:
+                    row = self._row(first, i) + member.row
+                    return self.put(count, partial(member.weight.fetch, row, span * SPAN, member.inputs))
+
+                def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, copy: Any = copy) -> jax.Array:
                     for member in tiles.members:
-                        row = self._row(first, i) + member.row
-
-                        def copy(part: jax.Array, count: jax.Array, member: Any = member, row: Any = row) -> Any:
-                            fetch = partial(member.weight.fetch, row, member.begin + part * SPAN, member.inputs)
-                            return self.put(count, fetch)
-
-                        count = lax.fori_loop(0, member.slots, copy, count)
+                        each = partial(copy, i, member=member)
+                        count = lax.fori_loop(0, member.slots, each, count)
                     return count
 
-                count = lax.fori_loop(0, mine, tile, count)
+                def sweep(
+                    span: jax.Array, count: jax.Array, tiles: Tiles = tiles, copy: Any = copy, mine: Any = mine
+                ) -> jax.Array:
+                    def each(i: jax.Array, count: jax.Array) -> jax.Array:
+                        for member in tiles.members:
+                            count = copy(i, span, count, member=member)
+                        return count
+
+                    return lax.fori_loop(0, mine, each, count)
+
+                if self.turns(phase) > 1:
+                    count = lax.fori_loop(0, len(phase.spans), sweep, count)
+                else:
+                    count = lax.fori_loop(0, mine, tile, count)
         return count
 
     def put(self, count: jax.Array, fetch: Callable[[Any, Any, jax.Array], None]) -> jax.Array:
@@ -306,63 +228,82 @@ class Stream:
 
         lax.fori_loop(jnp.maximum(count - self._slots, 0), count, wait, None)
 
-    def leave(self) -> None:
-        """Before `multiply`: what is held is not read any more, and `hold` may bring the next x."""
-        plgpu.barrier_arrive(self._left)
+    def turns(self, phase: Phase) -> int:
+        """How often what is held is filled in a phase."""
+        return -(-len(phase.spans) // self._spans)
 
-    def clear(self, meet: Callable[[], None] = lambda: None) -> None:
-        """Wait until what is held has been left, by the other block of a pair too, and for the blocks, to `meet`."""
-        plgpu.barrier_wait(self._left)
+    def leave(self, place: Any = None) -> None:
+        """Before `multiply`: what is held is not read any more, or what is at one place: `hold` may bring the next."""
+        plgpu.barrier_arrive(self._left.at[0 if place is None else place + 1])
+
+    def clear(self, meet: Callable[[], None] = lambda: None, place: int | None = None) -> None:
+        """Wait until it has been left, by the other block of a pair too, and for the blocks, to `meet`."""
+        plgpu.barrier_wait(self._left.at[0 if place is None else place + 1])
         for both in self._both:
+            ptx.together()  # one warp arrives for all: none may be a turn behind it
             plgpu.barrier_arrive(both)
         meet()
         for both in self._both:
             plgpu.barrier_wait(both)
 
     def hold(self, number: jax.Array, phase: Phase, meet: Callable[[], None]) -> None:
-        """Bring what a phase reads, the `number`-th of all, to shared memory, a slot's inputs after the other.
+        """Bring what a phase reads to shared memory, a slot's inputs after the other, from the `number`-th turn on.
 
         See `clear` for what it waits for.
         """
         self.clear(meet)
         if self._both:
             ptx.instruct("fence.proxy.async.global;")  # what other threads stored is read by copies in bulk
-        parts = [(x, part, place + part) for place, x in phase.places.items() for part in range(0, roomy(x.most), SPAN)]
-        for x, part, place in parts:
-            self._bring(x, part, place)
         squares = self._squares(phase.norm) if phase.norm else []
-        peeked = self.peek(squares, self._apiece)  # they come while x does
-        if loose(self._batch) and not self.interpret:
-            for behind, (x, part, place) in zip(reversed(range(len(parts))), parts, strict=True):
-                present.ensure(x.ref, x.start + part, self._held, place, behind)
-                ptx.tell(self._arrived, place // SPAN)
-        if phase.norm:
-            self._scale(phase.norm, self.settle(squares, peeked, self._apiece))
+        for turn in range(self.turns(phase)):
+            spans = phase.spans[turn * self._spans :][: self._spans]
+            for place in range(self._spans):
+                if turn:  # even if nothing comes: the barrier of a place must not end two phases at once
+                    self.clear(place=place)
+                if place < len(spans):
+                    self._bring(*spans[place], place)
+                elif not self.interpret:
+                    ptx.tell(self._arrived, place)
+            if turn == 0:
+                peeked = self.peek(squares, self._apiece)  # they come while x does
+                self._ensure(spans)
+                if phase.norm:
+                    self._scale(phase.norm, self.settle(squares, peeked, self._apiece))
+            self._tell(len(spans), number + turn)
+
+    def _ensure(self, spans: Sequence[tuple[X, int]]) -> None:
+        """Wait for what blocks have sent, which need not be there when they have met."""
+        if not loose(self._batch) or self.interpret:
+            return
+        for place, (x, start) in enumerate(spans):
+            present.ensure(x.ref, x.start + start, self._held, place * SPAN, len(spans) - 1 - place)
+            ptx.tell(self._arrived, place)
+
+    def _tell(self, count: int, number: jax.Array) -> None:
+        """Tell that all is there of the `number`-th turn, which has so many slots' inputs."""
         if self.interpret:
             plgpu.barrier_arrive(self._arrived)
             return
-        for unused in range(len(parts), self._spans):
-            ptx.tell(self._arrived, unused)
-        for span in range(len(parts) if self._both else 0):
-            self._await(span, number)
+        for place in range(count if self._both else 0):
+            self._await(place, number)
         ptx.tell(self._arrived, self._spans)
 
     def _bring(self, x: X, part: int, place: int) -> None:
-        """Start to copy the elements of x from `part` on to `place` of what is held, and zeros behind its end."""
-        start, left = x.start + part, x.width - part
+        """Start to copy a slot's inputs of x, from `part` on, to a place of what is held, and zeros behind its end."""
+        start, left, at = x.start + part, x.width - part, place * SPAN
         if self._both:
-            ptx.share(x.ref, start, left, self._held, place, self._batch, self._arrived, lax.axis_index(PAIR))
-            ptx.tell(self._arrived, place // SPAN)
+            ptx.share(x.ref, start, left, self._held, at, self._batch, self._arrived, lax.axis_index(PAIR))
+            ptx.tell(self._arrived, place)
             return
         if not self.interpret:
-            ptx.bring(x.ref, start, left, self._held, place)
+            ptx.bring(x.ref, start, left, self._held, at)
             ptx.cut()
             return
 
         def row(i: jax.Array, _: None) -> None:
             values = load(x.ref.at[i, pl.ds(start, SPAN)], strided(8))
             inside = plgpu.broadcasted_iota(jnp.int32, (SPAN,), 0, layout=strided(8)) < left
-            self._held.at[i, pl.ds(place, SPAN)][...] = jnp.where(inside, values, jnp.zeros((), values.dtype))
+            self._held.at[i, pl.ds(at, SPAN)][...] = jnp.where(inside, values, jnp.zeros((), values.dtype))
 
         lax.fori_loop(0, self._batch, row, None)
 
@@ -418,7 +359,9 @@ class Stream:
         return found * plgpu.layout_cast(scales, layout)
 
     def multiply(self, number: jax.Array, count: jax.Array, phase: Phase, deal: Deal) -> jax.Array:
-        """This block's tiles of a phase, the `number`-th of all, times the x that is held; the count behind them."""
+        """This block's tiles of a phase times the x that is held from the `number`-th turn on; the count behind."""
+        if self.turns(phase) > 1:
+            return self._sweep(number, count, phase, deal)
         if self.interpret:
             plgpu.barrier_wait(self._arrived)
         for tiles, first, mine in deal:
@@ -439,7 +382,7 @@ class Stream:
         return count
 
     def _await(self, span: Any, number: jax.Array) -> None:
-        """Wait until a slot's inputs of the `number`-th phase are there, or all of them, and the scales."""
+        """Wait until a slot's inputs of the `number`-th turn are there, or all of them, and the scales."""
         if not self.interpret:
             ptx.wait(self._arrived, jnp.asarray(span, jnp.int32), lax.rem(number, 2))
 
@@ -450,18 +393,73 @@ class Stream:
 
     def _product(self, count: jax.Array, member: Streamed, first: jax.Array, number: jax.Array) -> jax.Array:
         """The sums of a tile whose slots begin at `count`: (BATCH, ROWS), or (ROWS,) of one row."""
-        rows = self._held.shape[0]
-        layouts = partial_sums(rows), TILE, inputs(rows)
 
         def add(part: jax.Array, sums: jax.Array) -> jax.Array:
             pl.when(first)(lambda: self._await(member.x // SPAN + part, number))
-            held = columns(self._held, member.x + part * SPAN, SPAN)
-            weights, x = self.take(count + part, lambda slot: (load(slot, TILE), load(held, layouts[2])))
-            if not self.interpret:
-                return ptx.multiply(sums, weights, x, layouts)
-            shape = (-1, SPAN // 128, 4, 32)  # the same as PTX does
-            pieces = (array.astype(jnp.float32).reshape(shape) for array in (weights, x))
-            return sums + jnp.einsum("nswi,bswi->wbn", *pieces).reshape(sums.shape)
+            return self._add(sums, count + part, member.x + part * SPAN)
 
-        shape = (4, ROWS) if rows == 1 else (4, BATCH, ROWS)
-        return jnp.sum(lax.fori_loop(0, member.slots, add, full(0.0, shape, layouts[0])), axis=0)
+        return jnp.sum(lax.fori_loop(0, member.slots, add, self._nothing()), axis=0)
+
+    def _nothing(self) -> jax.Array:
+        """The sums of each warp before the first slot."""
+        rows = self._held.shape[0]
+        return full(0.0, (4, ROWS) if rows == 1 else (4, BATCH, ROWS), partial_sums(rows))
+
+    def _add(self, sums: jax.Array, count: jax.Array, place: Any) -> jax.Array:
+        """Add to them what the slot of this number gives with what is held from `place` on."""
+        rows = self._held.shape[0]
+        layouts = partial_sums(rows), TILE, inputs(rows)
+        held = columns(self._held, place, SPAN)
+        weights, x = self.take(count, lambda slot: (load(slot, TILE), load(held, layouts[2])))
+        if not self.interpret:
+            return ptx.multiply(sums, weights, x, layouts)
+        shape = (-1, SPAN // 128, 4, 32)  # the same as PTX does
+        pieces = (array.astype(jnp.float32).reshape(shape) for array in (weights, x))
+        return sums + jnp.einsum("nswi,bswi->wbn", *pieces).reshape(sums.shape)
+
+    def _sweep(self, number: jax.Array, count: jax.Array, phase: Phase, deal: Deal) -> jax.Array:
+        """The same where x is wider than what is held: a slot's inputs of all tiles, then the next ones."""
+        ((tiles, first, mine),) = deal
+        members, last = range(len(tiles.members)), len(phase.spans) - 1
+
+        def held(i: jax.Array, member: int) -> Any:
+            return self._sums.at[i * len(members) + member]
+
+        def added(i: jax.Array, member: int, count: jax.Array, span: Any) -> jax.Array:
+            before = load(held(i, member), partial_sums(self._batch))
+            return self._add(before, count + member, lax.rem(span, self._spans) * SPAN)
+
+        def arrive(span: jax.Array) -> None:
+            if self.interpret:
+                pl.when(lax.rem(span, self._spans) == 0)(lambda: plgpu.barrier_wait(self._arrived))
+            self._await(lax.rem(span, self._spans), number + lax.div(span, self._spans))
+
+        def begin(i: jax.Array, _: None) -> None:
+            for member in members:
+                held(i, member)[...] = self._nothing()
+
+        def sweep(span: jax.Array, count: jax.Array) -> jax.Array:
+            arrive(span)
+
+            def tile(i: jax.Array, count: jax.Array) -> jax.Array:
+                for member in members:
+                    held(i, member)[...] = added(i, member, count, span)
+                return count + len(members)
+
+            count = lax.fori_loop(0, mine, tile, count)
+            again = span < (self.turns(phase) - 1) * self._spans
+            pl.when(again)(lambda: self.leave(lax.rem(span, self._spans)))
+            return count
+
+        def end(i: jax.Array, count: jax.Array) -> jax.Array:
+            row = self._row(first, i)
+            early = tiles.early(row)
+            sums = [jnp.sum(added(i, member, count, jnp.int32(last)), axis=0) for member in members]
+            tiles.store(row, list(map(self._scaled, sums)) if phase.norm else sums, early)
+            return count + len(members)
+
+        lax.fori_loop(0, mine, begin, None)
+        count = lax.fori_loop(0, last, sweep, count)
+        arrive(jnp.int32(last))
+        self._await(self._spans, number + (self.turns(phase) - 1))
+        return lax.fori_loop(0, mine, end, count)
