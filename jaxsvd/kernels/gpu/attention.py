@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxsvd.kernels.gpu import flash, ptx
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load
 from jaxsvd.kernels.gpu.present import Piece
-from jaxsvd.kernels.gpu.shape import HEADS, TOKENS, LayerShape, whole
+from jaxsvd.kernels.gpu.shape import HEADS, TOKENS, WARPS, LayerShape, whole
 from jaxsvd.kernels.gpu.stream import Stream, full, share
 
 UNITS = 128  # parts of the cache that are attended to side by side, of all heads of keys: some one to a block
@@ -30,7 +30,7 @@ Halves = Sequence[jax.Array]  # of one head (head_dim/2,), or of four (4, head_d
 
 def four(i: int) -> Any:
     """The i-th four heads."""
-    return pl.ds(i * flash.WARPS, flash.WARPS)
+    return pl.ds(i * WARPS, WARPS)
 
 
 def splits(kv_heads: int) -> int:
@@ -68,7 +68,7 @@ class Attention:
         for queries in whole fours.
         """
         kv_heads = batch * shape.kv_heads
-        each = kv_heads, splits(kv_heads), whole(shape.heads // shape.kv_heads, flash.WARPS)
+        each = kv_heads, splits(kv_heads), whole(shape.heads // shape.kv_heads, WARPS)
         return [each, each, (*each, shape.head_dim)]
 
     @staticmethod
@@ -85,7 +85,7 @@ class Attention:
     @staticmethod
     def spread(width: int, alike: bool = True) -> Any:
         """How warps hold so many numbers: over the lanes, all alike, or four times so many."""
-        tiling = plgpu.Tiling(((flash.WARPS, width), (width // 32,)))
+        tiling = plgpu.Tiling(((WARPS, width), (width // 32,)))
         layout = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
         return layout.reduce((0,)) if alike else layout
 
@@ -105,15 +105,13 @@ class Attention:
 
     def across(self, x: jax.Array, axis: int) -> jax.Array:
         """The same for the halves of four heads, (4, head_dim/2), of what is along one axis of them."""
-        wide = lax.broadcast_in_dim(x, (flash.WARPS, self.half), (axis,))
+        wide = lax.broadcast_in_dim(x, (WARPS, self.half), (axis,))
         return plgpu.layout_cast(wide, self.apart)
 
     def pieces(self, ref: Any) -> list[list[Piece]]:
         """The halves of heads (n·head_dim,), four heads at a time."""
         count = ref.shape[0] // self.shape.head_dim
-        return [
-            [Piece(ref, count, first, at, self.half) for at in (0, self.half)] for first in range(0, count, flash.WARPS)
-        ]
+        return [[Piece(ref, count, first, at, self.half) for at in (0, self.half)] for first in range(0, count, WARPS)]
 
     def turned(self, halves: Halves, angles: Halves, gains: Halves) -> Halves:
         """What attends of a head of q or k, or of four: normed with these weights, if any, and rotated."""
@@ -272,7 +270,7 @@ class Attention:
 
     def nothing(self) -> flash.State:
         """Where no token has been attended to."""
-        stats, width = (flash.WARPS, HEADS), self.shape.head_dim
+        stats, width = (WARPS, HEADS), self.shape.head_dim
         tops, totals = (full(value, stats, flash.STATS) for value in (flash.NOTHING, 0.0))
         return tops, totals, full(0.0, (*stats, width), flash.mixed(width))
 
@@ -293,7 +291,7 @@ class Attention:
             for ref, x in zip((tops, totals, sides), state, strict=True):
                 ref.at[:, heads][...] = x
         stream.together()
-        warps, one = range(flash.WARPS), self.apart.reduce((1,))
+        warps, one = range(WARPS), self.apart.reduce((1,))
         row, own = lax.div(kv_head, self.shape.kv_heads), lax.rem(kv_head, self.shape.kv_heads)
         size = self.group * self.shape.head_dim
         targets = self.pieces(self.vectors.at[row, pl.ds(self.mixed + own * size, size)])

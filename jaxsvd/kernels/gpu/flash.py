@@ -17,10 +17,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 from jaxsvd.kernels.gpu import ptx
-from jaxsvd.kernels.gpu.shape import HEADS, TOKENS
+from jaxsvd.kernels.gpu.shape import HEADS, TOKENS, WARPS
 
 NOTHING = -1e30  # the maximum of no scores
-WARPS = 4
 
 # Eight rows of (WARPS, 8, n) to a warp, 16 bytes to a thread.
 _EIGHTS = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, 8, 32), (8,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)

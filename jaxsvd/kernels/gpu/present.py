@@ -22,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxsvd.kernels.gpu import ptx
+from jaxsvd.kernels.gpu.shape import WARPS
 
 
 def nothing(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -117,7 +118,7 @@ class Piece:
     @property
     def shape(self) -> tuple[int, int]:
         """As an array."""
-        return 4, self.width
+        return WARPS, self.width
 
     @property
     def dtype(self) -> Any:
@@ -128,7 +129,7 @@ class Piece:
     def parts(self) -> list[Any]:
         """The elements of each of the four, as references."""
         size = self.ref.shape[0] // self.count
-        numbers = [min(self.first + i, self.count - 1) for i in range(4)]
+        numbers = [min(self.first + i, self.count - 1) for i in range(WARPS)]
         return [self.ref.at[pl.ds(number * size + self.at, self.width)] for number in numbers]
 
     def offset(self, index: Sequence[Any]) -> Any:

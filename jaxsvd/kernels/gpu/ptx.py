@@ -364,33 +364,18 @@ def share(
     inline((plgpu.RefType(),) * 3 + (NUMBER,) * 3, run, source, target, barriers, *numbers)
 
 
-def tell(barriers: Any, number: int) -> None:
-    """End the phase of a barrier: for a warpgroup, what any thread of which stored is seen by those that wait."""
+def tell(barriers: Any, number: Any) -> None:
+    """Arrive at a barrier: a thread of each warp, for what all of it has done."""
 
-    def run(_: Any, barriers: Any) -> None:
-        i64 = ir.IntegerType.get_signless(64)
-        barrier = shared(utils.getelementptr(utils.memref_ptr(barriers), [number], i64))
-        _arrive(barrier)
+    def run(_: Any, barriers: Any, number: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        barrier = shared(_barrier(barriers, number).get_ptr())
+        perform("bar.warp.sync 0xffffffff;")
+        lane = arith.remui(thread(), arith.constant(i32, utils.WARP_SIZE))
+        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane, arith.constant(i32, 0))):
+            perform("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [$0]; }", "r", barrier)
 
-    inline((plgpu.RefType(),), run, barriers)
-
-
-def _arrive(barrier: Any) -> None:
-    """A thread of each warp, for all of it."""
-    i32 = ir.IntegerType.get_signless(32)
-    perform("bar.warp.sync 0xffffffff;")
-    lane = arith.remui(thread(), arith.constant(i32, utils.WARP_SIZE))
-    with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane, arith.constant(i32, 0))):
-        perform("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [$0]; }", "r", barrier)
-
-
-def arrive(barriers: Any, slot: jax.Array) -> None:
-    """The same of a slot."""
-
-    def run(_: Any, barriers: Any, slot: Any) -> None:
-        _arrive(shared(_barrier(barriers, slot).get_ptr()))
-
-    inline((plgpu.RefType(), NUMBER), run, barriers, slot)
+    inline((plgpu.RefType(), NUMBER), run, barriers, jnp.asarray(number, jnp.int32))
 
 
 def cut() -> None:

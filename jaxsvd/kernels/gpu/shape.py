@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+WARPS = 4  # of a warpgroup
 ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
 BATCH = 8  # rows of x that it takes at most: half of its m
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
@@ -157,7 +158,7 @@ class LayerShape:
     def sides(self) -> list[tuple[int, ...]]:
         """What attention has in shared memory: these heads, bfloat16, and what each of four warps gives, float32."""
         heads, width = self.together, self.head_dim
-        return [(heads, width), (4, heads), (4, heads), (4, heads, width)]
+        return [(heads, width), (WARPS, heads), (WARPS, heads), (WARPS, heads, width)]
 
     def obstacle(self, layers: int, batch: int, capacity: int, blocks: int) -> str | None:
         """Why the kernel can't run so many layers of this shape with a cache for so many tokens a row, or None.
@@ -192,7 +193,7 @@ def ring(shape: LayerShape, layers: int, batch: int, blocks: int) -> int:
     queries, *warps = map(math.prod, shape.sides)
     sides = 2 * queries, *(4 * size for size in warps)
     barriers = 8 * SLOTS, 8 * SLOTS, 8 * (width // SPAN + 1)
-    sums = 4 * 4 * BATCH * ROWS * shape.swept(batch, blocks)
+    sums = 4 * WARPS * BATCH * ROWS * shape.swept(batch, blocks)
     sizes = 2 * rows * width, 4 * rows, *barriers, *tables, *sides, sums
     taken = RESERVED + sum(whole(size, ALIGNED) for size in sizes)
     return min(SLOTS, (SHARED - taken) // (2 * ROWS * SPAN))

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxsvd.kernels.gpu import present, ptx
 from jaxsvd.kernels.gpu.perlayer import load
 from jaxsvd.kernels.gpu.phases import Norm, Phase, Streamed, Tiles, X
-from jaxsvd.kernels.gpu.shape import BATCH, ROWS, SPAN, loose, whole
+from jaxsvd.kernels.gpu.shape import BATCH, ROWS, SPAN, WARPS, loose, whole
 
 PAIR = "pair"  # the axis of the blocks that share what is brought of several rows
 SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add up
@@ -100,7 +100,7 @@ class Stream:
             plgpu.SMEM((slots, ROWS, SPAN), jnp.bfloat16),
             plgpu.SMEM(held, jnp.bfloat16),
             plgpu.SMEM(held[:1], jnp.float32),
-            plgpu.SMEM((swept, 4, BATCH, ROWS), jnp.float32),
+            plgpu.SMEM((swept, WARPS, BATCH, ROWS), jnp.float32),
             *[plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32)] * 2,
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=1 + (spans if held[0] > 1 else 0)),  # Pallas has room for 32
@@ -112,8 +112,8 @@ class Stream:
         """Before `fill`: zeros in the ring, as what is behind an edge is multiplied, and in rows of no token."""
         if not self.interpret:
             ptx.prepare(self._full, 1)
-            ptx.prepare(self._arrived, 4)
-            ptx.prepare(self._empty, 4)
+            ptx.prepare(self._arrived, WARPS)
+            ptx.prepare(self._empty, WARPS)
             layout = plgpu.Layout.WG_STRIDED((ROWS, SPAN), 8)
             for slot in range(self._slots):
                 self._ring.at[slot][...] = full(0.0, (ROWS, SPAN), layout, jnp.bfloat16)
@@ -149,33 +149,38 @@ class Stream:
     def fill(self, count: jax.Array, phases: Sequence[Phase], deals: Sequence[Deal]) -> jax.Array:
         """Copy this block's tiles of some phases, in order, each as soon as there is room; the count behind them."""
         for phase, deal in zip(phases, deals, strict=True):
+            copy = self._copy_spans if self.turns(phase) > 1 else self._copy_tiles
             for tiles, first, mine in deal:
-
-                def copy(i: jax.Array, span: Any, count: jax.Array, member: Streamed, first: Any = first) -> jax.Array:
-                    row = self._row(first, i) + member.row
-                    return self.put(count, partial(member.weight.fetch, row, span * SPAN, member.inputs))
-
-                def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, copy: Any = copy) -> jax.Array:
-                    for member in tiles.members:
-                        each = partial(copy, i, member=member)
-                        count = lax.fori_loop(0, member.slots, each, count)
-                    return count
-
-                def sweep(
-                    span: jax.Array, count: jax.Array, tiles: Tiles = tiles, copy: Any = copy, mine: Any = mine
-                ) -> jax.Array:
-                    def each(i: jax.Array, count: jax.Array) -> jax.Array:
-                        for member in tiles.members:
-                            count = copy(i, span, count, member=member)
-                        return count
-
-                    return lax.fori_loop(0, mine, each, count)
-
-                if self.turns(phase) > 1:
-                    count = lax.fori_loop(0, len(phase.spans), sweep, count)
-                else:
-                    count = lax.fori_loop(0, mine, tile, count)
+                count = copy(count, tiles, first, mine)
         return count
+
+    def _copy_tiles(self, count: jax.Array, tiles: Tiles, first: jax.Array, mine: jax.Array) -> jax.Array:
+        """A tile after the other."""
+
+        def tile(i: jax.Array, count: jax.Array) -> jax.Array:
+            for member in tiles.members:
+                copy = partial(self._copy, member, self._row(first, i))
+                count = lax.fori_loop(0, member.slots, copy, count)
+            return count
+
+        return lax.fori_loop(0, mine, tile, count)
+
+    def _copy_spans(self, count: jax.Array, tiles: Tiles, first: jax.Array, mine: jax.Array) -> jax.Array:
+        """A slot's inputs of all tiles after the other: see `_sweep`."""
+
+        def span(number: jax.Array, count: jax.Array) -> jax.Array:
+            def tile(i: jax.Array, count: jax.Array) -> jax.Array:
+                for member in tiles.members:
+                    count = self._copy(member, self._row(first, i), number, count)
+                return count
+
+            return lax.fori_loop(0, mine, tile, count)
+
+        return lax.fori_loop(0, tiles.members[0].slots, span, count)
+
+    def _copy(self, member: Streamed, row: jax.Array, span: jax.Array, count: jax.Array) -> jax.Array:
+        """A slot of a tile."""
+        return self.put(count, partial(member.weight.fetch, row + member.row, span * SPAN, member.inputs))
 
     def put(self, count: jax.Array, fetch: Callable[[Any, Any, jax.Array], None]) -> jax.Array:
         """Fill the next slot as soon as it is empty, by `fetch(slot, barriers, its number)`; the count behind it."""
@@ -183,29 +188,25 @@ class Stream:
 
         @pl.when(count >= self._slots)
         def wait() -> None:
-            self._emptied(count - self._slots)
+            self._wait(self._empty, count - self._slots)
 
         fetch(self._ring.at[slot], self._full, slot)
         return count + 1
 
     def take(self, count: jax.Array, read: Callable[[Any], Any]) -> Any:
         """What `read(slot)` gives of the slot of this number; behind it the slot is empty."""
-        slot = lax.rem(count, self._slots)
-        if self.interpret:
-            plgpu.barrier_wait(self._full.at[slot])
-        else:
-            ptx.wait(self._full, slot, lax.rem(lax.div(count, self._slots), 2))
-        found = read(self._ring.at[slot])
+        self._wait(self._full, count)
+        found = read(self._ring.at[lax.rem(count, self._slots)])
         self._release(count)
         return found
 
-    def _emptied(self, count: jax.Array) -> None:
-        """Wait until the slot of this number has been released."""
+    def _wait(self, barriers: Any, count: jax.Array) -> None:
+        """Wait until the slot of this number is full, or empty again."""
         slot = lax.rem(count, self._slots)
         if self.interpret:
-            plgpu.barrier_wait(self._empty.at[slot])
+            plgpu.barrier_wait(barriers.at[slot])
         else:
-            ptx.wait(self._empty, slot, lax.rem(lax.div(count, self._slots), 2))
+            ptx.wait(barriers, slot, lax.rem(lax.div(count, self._slots), 2))
 
     def _release(self, count: jax.Array) -> None:
         """It is empty again."""
@@ -213,7 +214,7 @@ class Stream:
         if self.interpret:
             plgpu.barrier_arrive(self._empty.at[slot])
         else:
-            ptx.arrive(self._empty, slot)
+            ptx.tell(self._empty, slot)
 
     def together(self) -> None:
         """What any thread of the warpgroup has stored in shared memory before is seen by all behind it."""
@@ -224,7 +225,7 @@ class Stream:
         """Wait until all that was copied has been used: no block may end before."""
 
         def wait(i: jax.Array, _: None) -> None:
-            self._emptied(i)
+            self._wait(self._empty, i)
 
         lax.fori_loop(jnp.maximum(count - self._slots, 0), count, wait, None)
 
@@ -315,7 +316,7 @@ class Stream:
     def _squares(self, norm: Norm) -> list[Any]:
         """The squares of the rows, as many rows to each as there are warps."""
         parts = pl.ds(norm.start, squares(norm.width))
-        rows = [pl.ds(first, 4) for first in range(0, self._batch, 4)] if self._batch > 1 else [0]
+        rows = [pl.ds(first, WARPS) for first in range(0, self._batch, WARPS)] if self._batch > 1 else [0]
         return [norm.squares.at[some, parts] for some in rows]
 
     def _scale(self, norm: Norm, squares: Sequence[jax.Array]) -> None:
@@ -323,7 +324,7 @@ class Stream:
         for i, each in enumerate(squares):
             scale = lax.rsqrt(jnp.sum(each, axis=-1) / norm.width + norm.eps)
             if self._batch > 1:
-                self._scales.at[pl.ds(4 * i, 4)][...] = scale
+                self._scales.at[pl.ds(WARPS * i, WARPS)][...] = scale
             else:
                 self._scales[0] = scale
 
@@ -403,7 +404,7 @@ class Stream:
     def _nothing(self) -> jax.Array:
         """The sums of each warp before the first slot."""
         rows = self._held.shape[0]
-        return full(0.0, (4, ROWS) if rows == 1 else (4, BATCH, ROWS), partial_sums(rows))
+        return full(0.0, (WARPS, ROWS) if rows == 1 else (WARPS, BATCH, ROWS), partial_sums(rows))
 
     def _add(self, sums: jax.Array, count: jax.Array, place: Any) -> jax.Array:
         """Add to them what the slot of this number gives with what is held from `place` on."""
