@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxsvd.config import ModelConfig
 from jaxsvd.kernels.gpu import GPU, _shapes
-from jaxsvd.kernels.gpu.shape import ROWS, aligned, height
+from jaxsvd.kernels.gpu.shape import BATCH, ROWS, SPAN, WIDEST, aligned, height
 from jaxsvd.models import build
 from jaxsvd.weights import AbstractWeights
 
@@ -102,16 +102,43 @@ class Region:
         self.buffer.expect(self.start, self.size)
 
 
+def shapes_of(ranks, **changes):
+    """The shapes of the layers of a model whose matrices have these ranks."""
+
+    def rank(path, inputs, outputs):
+        _, _, layer, _, name = path.split(".")
+        return RANKS[ranks](int(layer), name)
+
+    config = ModelConfig.from_hf(CONFIG | changes)
+    return aligned(_shapes(*build(config, AbstractWeights(jnp.bfloat16, rank), GPU())._form))
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 132])
+@pytest.mark.parametrize("wide", ["intermediate_size", "hidden_size"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_all_sums_have_room_where_x_is_held_in_turns(ranks, wide, blocks):
+    from jaxsvd.kernels.gpu.products import Buffers, Products
+
+    turns = 0
+    for number, shape in enumerate(shapes_of(ranks, **{wide: WIDEST + 4160})):
+        weights = [[None] * count for count in shape.matrices]
+        layer = Products(shape, number, 3, weights, (None, None), Buffers(*[None] * 3), None, BATCH)
+        rows, width = shape.held(BATCH)
+        for phase in layer.phases:
+            if SPAN * len(phase.spans) <= width:
+                continue
+            (tiles,) = phase.tiles
+            turns += 1
+            assert -(-tiles.count // blocks) * len(tiles.members) <= shape.swept(rows, blocks)
+    assert turns >= 3
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("ranks", RANKS)
 def test_what_is_read_was_sent(ranks, batch, monkeypatch):
     from jaxsvd.kernels.gpu import products
     from jaxsvd.kernels.gpu.products import Buffers, Products
     from jaxsvd.kernels.gpu.stream import squares as parts
-
-    def rank(path, inputs, outputs):
-        _, _, layer, _, name = path.split(".")
-        return RANKS[ranks](int(layer), name)
 
     results = jnp.zeros((8, ROWS) if batch > 1 else (ROWS,))
     iota = SimpleNamespace(
@@ -130,7 +157,7 @@ def test_what_is_read_was_sent(ranks, batch, monkeypatch):
         return [results] * len(refs)
 
     stream = SimpleNamespace(peek=peek, settle=lambda refs, found, layout: found)
-    shapes = aligned(_shapes(*build(ModelConfig.from_hf(CONFIG), AbstractWeights(jnp.bfloat16, rank), GPU())._form))
+    shapes = shapes_of(ranks)
     anything = Anything()
     vectors, squares = Buffer(), Squares()
     for number, shape in enumerate(shapes):
