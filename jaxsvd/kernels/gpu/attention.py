@@ -232,6 +232,7 @@ class Attention:
         The first part of each head of keys also attends to the new token.
         """
         shape, (asking, *_) = self.shape, self.warps
+        group = self.group * shape.head_dim
 
         def item(i: jax.Array, count: jax.Array) -> jax.Array:
             index = self.block + i * self.blocks
@@ -263,7 +264,8 @@ class Attention:
 
             start = [self.nothing() for _ in rows], count
             states, count = lax.fori_loop(0, self.tiles(begin, end), tile, start)
-            self.gather(stream, kv_head, split, states, scores, value)
+            mixed = self.vectors.at[row, pl.ds(self.mixed + own * group, group)]
+            self.gather(stream, kv_head, split, states, scores, value, self.pieces(mixed))
             return count
 
         return lax.fori_loop(0, self.mine(self.kv_heads * self.splits), item, count)
@@ -282,8 +284,12 @@ class Attention:
         states: Sequence[flash.State],
         scores: Sequence[jax.Array],
         value: Halves,
+        targets: Sequence[Sequence[Piece]],
     ) -> None:
-        """Put together what the warps have of a part and the new token: each warp for a head of four."""
+        """Put together what the warps have of a part and the new token: each warp for a head of four.
+
+        The results go to the `targets`, if there is but one part, else to `partial`.
+        """
         tops, totals, sides = self.warps[1:]
         stream.together()  # all have read what the part before has left there
         for i, state in enumerate(states):
@@ -292,9 +298,6 @@ class Attention:
                 ref.at[:, heads][...] = x
         stream.together()
         warps, one = range(WARPS), self.apart.reduce((1,))
-        row, own = lax.div(kv_head, self.shape.kv_heads), lax.rem(kv_head, self.shape.kv_heads)
-        size = self.group * self.shape.head_dim
-        targets = self.pieces(self.vectors.at[row, pl.ds(self.mixed + own * size, size)])
         for i, score in enumerate(scores):
             each = [*(load(tops.at[warp, four(i)], one) for warp in warps), score]
             top = reduce(jnp.maximum, each)

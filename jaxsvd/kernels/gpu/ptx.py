@@ -179,12 +179,12 @@ def store(
 
 
 # Barriers, (slots, 2) int32 in shared memory, as Pallas does not show the address of its own. A phase of one of the
-# ring ends when the thread that announced some bytes has arrived, and the bytes have; of one of x, when all threads
-# have told, or their copies are there.
+# ring ends when the thread that announced some bytes has arrived, and the bytes have; of the others, when each warp has
+# told, and the bytes that were announced are there.
 
 
 def _barrier(barriers: Any, slot: Any) -> Any:
-    return utils.BarrierRef(utils.memref_ptr(barriers), slot.registers.item(), None, 1)  # type: ignore[arg-type] (no phases)
+    return utils.BarrierRef(utils.memref_ptr(barriers), slot, None, 1)  # type: ignore[arg-type] (no phases)
 
 
 def prepare(barriers: Any, arrivals: int) -> None:
@@ -207,7 +207,7 @@ def wait(barriers: Any, slot: jax.Array, parity: jax.Array) -> None:
 
     def run(_: Any, barriers: Any, slot: Any, parity: Any) -> None:
         i1 = ir.IntegerType.get_signless(1)
-        _barrier(barriers, slot).wait_parity(arith.trunci(i1, parity.registers.item()))
+        _barrier(barriers, slot.registers.item()).wait_parity(arith.trunci(i1, parity.registers.item()))
 
     inline((plgpu.RefType(), NUMBER, NUMBER), run, barriers, slot, parity)
 
@@ -235,7 +235,7 @@ def fetch(
 
         kind = ir.MemRefType(target.type)
         rows, pitch = kind.shape[0], kind.get_strides_and_offset()[0][0]
-        _copy(rows, source, size, target, pitch, _barrier(barriers, slot))
+        _copy(rows, source, size, target, pitch, _barrier(barriers, slot.registers.item()))
 
     types = (plgpu.RefType(),) * 3 + (NUMBER,) * 5
     inline(types, run, target, table, barriers, slot, entry, start, jnp.asarray(stride, jnp.int32), size)
@@ -261,7 +261,7 @@ def fetch_all(
             return _found(table, entry, start.registers.item())
 
         pitch = math.prod(ir.MemRefType(target.type).shape) // len(entries)
-        _copy(len(entries), source, arith.constant(i32, size), target, pitch, _barrier(barriers, slot))
+        _copy(len(entries), source, arith.constant(i32, size), target, pitch, _barrier(barriers, slot.registers.item()))
 
     types = (plgpu.RefType(),) * 3 + (NUMBER,) * (2 + len(entries))
     inline(types, run, target, table, barriers, slot, start, *entries)
@@ -325,7 +325,7 @@ def share(
     """
 
     def run(_: Any, source: Any, target: Any, barriers: Any, *numbers: Any) -> None:
-        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        i32 = ir.IntegerType.get_signless(32)
         start, left, own = (value.registers.item() for value in numbers)
 
         def constant(number: int) -> Any:
@@ -336,7 +336,7 @@ def share(
             return pointer(ref, arith.addi(arith.muli(row, constant(pitch)), column))
 
         size = arith.muli(arith.minsi(arith.maxsi(left, constant(0)), constant(SPAN)), constant(2))
-        barrier = shared(utils.getelementptr(utils.memref_ptr(barriers), [place // SPAN], i64))
+        barrier = shared(_barrier(barriers, constant(place // SPAN)).get_ptr())
         mine = arith.muli(thread(), constant(8))
         with utils.when(arith.cmpi(arith.CmpIPredicate.sge, mine, left)):
             for row in range(rows):
@@ -369,7 +369,7 @@ def tell(barriers: Any, number: Any) -> None:
 
     def run(_: Any, barriers: Any, number: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
-        barrier = shared(_barrier(barriers, number).get_ptr())
+        barrier = shared(_barrier(barriers, number.registers.item()).get_ptr())
         perform("bar.warp.sync 0xffffffff;")
         lane = arith.remui(thread(), arith.constant(i32, utils.WARP_SIZE))
         with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane, arith.constant(i32, 0))):
