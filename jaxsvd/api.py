@@ -268,7 +268,7 @@ def load(
         dtype: of weights and activations: "float32", "bfloat16", "float16" or a dtype. Default: bfloat16 on
             accelerators, float32 on CPU, where the others are many times slower.
         backend: who multiplies: "xla"; "neuron", the kernels for Trainium; "neuron-emulated", these kernels in NumPy,
-            thousands of times slower; "gpu", one kernel for all layers of a step of up to eight rows, on Hopper GPUs
+            thousands of times slower; "gpu", one kernel for all layers of a step of up to sixteen rows, on Hopper GPUs
             with jax 0.11 or later, XLA for the rest; or "auto": "neuron" or, for bfloat16, "gpu" where they can be had,
             else "xla".
         progress: a progress bar on stderr; by default where stderr is a terminal.

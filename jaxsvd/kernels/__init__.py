@@ -118,8 +118,8 @@ class Fused(Protocol):
     """
 
     @property
-    def rows(self) -> int:
-        """How many rows it takes at most."""
+    def sizes(self) -> tuple[int, ...]:
+        """Up to how many rows each of its kernels goes, in order: the last is the most that it takes."""
         ...
 
     def obstacle(self, heads: Heads, plans: Sequence[Sequence[Any]], batch: int, capacity: int) -> str | None:

@@ -160,7 +160,7 @@ class Llama(nnx.Module):
 
     def decoder(self, batch: int, capacity: int) -> Callable[..., jax.Array] | None:
         """The backend's kernel that takes a token of each row through all layers; None where it has none for them."""
-        if self.fused is None or batch > self.fused.rows:
+        if self.fused is None or batch > self.fused.sizes[-1]:
             return None
         if obstacle := self.obstacle(batch, capacity):
             logger.warning("XLA decodes, not the kernel for all layers: %s", obstacle)

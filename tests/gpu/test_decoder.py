@@ -20,7 +20,7 @@ from jaxsvd.cache import KVCache
 from jaxsvd.config import ModelConfig
 from jaxsvd.engine import Engine
 from jaxsvd.errors import JaxsvdError
-from jaxsvd.kernels.gpu import GPU, JAX, obstacle
+from jaxsvd.kernels.gpu import GPU, JAX, layer_shapes, obstacle
 from jaxsvd.kernels.gpu.shape import WIDEST
 from jaxsvd.kernels.xla import XLA
 from jaxsvd.models import build
@@ -48,6 +48,8 @@ CONFIGS = {
     "qwen3": {"model_type": "qwen3", "head_dim": 128},
     "narrow": {"model_type": "llama", "head_dim": 32},
 }
+# For many rows in the interpreter, which has one block for everything.
+SMALL = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "intermediate_size": 128}
 # Ranks of the projections that are not dense.
 RANKS = {
     "dense": {},
@@ -152,7 +154,7 @@ def test_positions(position, capacity, layers, rng):
 
 
 @kernel
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, 8, 16])
 @pytest.mark.parametrize("keep", [0.8, None])
 @pytest.mark.parametrize("name", CONFIGS_OF_MODELS)
 def test_the_kernel_of_every_named_model_fits_into_shared_memory(name, keep, batch):
@@ -167,6 +169,39 @@ def test_the_kernel_of_every_named_model_fits_into_shared_memory(name, keep, bat
 
 
 @kernel
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("group", ["o", "gate_up", "down"])
+def test_a_group_alone_is_lowered(group, batch):
+    from jaxsvd.kernels.gpu.layers import make_layers
+
+    config = CONFIGS_OF_MODELS["qwen3-0.6b"]
+    heads, plans = build(config, AbstractWeights(jnp.bfloat16, ranks_of(config, 0.8, 128)), GPU())._form
+    whole, alone = (make_layers(tuple(layer_shapes(heads, plans)), batch, 132, alone=one) for one in (None, group))
+
+    def lowered(kernel):
+        def run(x, positions, angles, norms, arrays, *caches):
+            return kernel(
+                x, positions, *angles, norms, arrays, *([jax.new_ref(one) for one in kind] for kind in caches)
+            )
+
+        return jax.jit(run).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    layers, half = config.num_layers, config.head_dim // 2
+    widths = *[config.hidden_size] * 2, *[config.head_dim] * 2
+    given = (
+        *(array(batch, config.hidden_size), array(batch, dtype=jnp.int32)),
+        [array(batch, half, dtype=jnp.float32)] * 2,
+        [array(layers, width) for width in widths],
+        [[array(*shape) for plan in layer for shape in plan.array_shapes] for layer in plans],
+        *[[array(batch * config.num_kv_heads, 128, config.head_dim)] * layers] * 2,
+    )
+    assert len(lowered(alone)) < len(lowered(whole))
+
+
+@kernel
 def test_one_layer(rng):
     prompt, forced = rng.integers(0, 128, 9).tolist(), [1, 2]
     engines = [engine_of("llama", "low-rank", backend, layers=1) for backend in (gpu(), XLA("cpu"))]
@@ -174,14 +209,14 @@ def test_one_layer(rng):
 
 
 @kernel
-@pytest.mark.parametrize(("ranks", "rows"), [((64, 176), 1), ((1040, 16), 1), ((64, 176), 3)])
+@pytest.mark.parametrize(("ranks", "rows"), [((64, 176), 1), ((1040, 16), 1), ((64, 176), 3), ((1040, 176), 9)])
 def test_layers_of_different_ranks(ranks, rows, rng):
-    """A member is wider in one layer, another in the other."""
+    """A member is wider in one layer, another in the other. Of many rows not all that V read is held at once."""
 
     def rank(path, *_):
         return ranks[(".1." in path) == ("v_proj" in path)]
 
-    config = ModelConfig.from_hf(COMMON | CONFIGS["qwen3"])
+    config = ModelConfig.from_hf(COMMON | CONFIGS["qwen3"] | (SMALL if rows > 8 else {}))
     engines = [Engine(build(config, RandomWeights(jnp.bfloat16, rank), backend)) for backend in (gpu(), XLA("cpu"))]
     assert engines[0].model.decoder(rows, 128) is not None
     prompts, forced = rng.integers(0, 128, (rows, 9)).tolist(), [[1, 2, 3]] * rows
@@ -234,7 +269,7 @@ def test_what_is_no_number_does_not_stop_it():
 
 
 @kernel
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 8, 16])
 def test_at_first_only_the_embedding_is_there(rows, rng):
     from jaxsvd.kernels.gpu.layers import _sent
 
@@ -267,20 +302,23 @@ def test_layers_of_other_widths_are_left_to_xla():
         ("llama", "low-rank", 5),
         ("qwen3", "mixed", 8),
         ("llama", "mixed-again", 8),
+        ("qwen3", "low-rank", 9),
+        ("llama", "mixed", 16),
     ],
 )
 def test_logits_of_several_rows(architecture, ranks, rows, rng):
     """Their prompts are of different lengths, some longer than what a block attends to at once."""
     prompts = [rng.integers(0, 128, 1 + 77 * row // (rows - 1)).tolist() for row in range(rows)]
     forced = rng.integers(0, 128, (rows, 3)).tolist()
-    engine = engine_of(architecture, ranks, gpu())
+    changes = SMALL if rows > 8 else {}
+    engine = engine_of(architecture, ranks, gpu(), **changes)
     assert engine.model.decoder(rows, 128) is not None
     found, plain, exact = (
         followed_all(one, prompts, forced)[1:]
         for one in (
             engine,
-            engine_of(architecture, ranks, XLA("cpu")),
-            engine_of(architecture, ranks, XLA("cpu"), jnp.float32),
+            engine_of(architecture, ranks, XLA("cpu"), **changes),
+            engine_of(architecture, ranks, XLA("cpu"), jnp.float32, **changes),
         )
     )
     for row in range(rows):
@@ -290,21 +328,21 @@ def test_logits_of_several_rows(architecture, ranks, rows, rng):
 
 @kernel
 @pytest.mark.parametrize(
-    ("ranks", "wide", "width"),
+    ("ranks", "wide", "width", "rows"),
     [
-        ("dense", "intermediate_size", WIDEST + 16),
-        ("low-rank", "intermediate_size", 2 * WIDEST + 1040),
-        ("mixed", "hidden_size", WIDEST + 16),
+        ("dense", "intermediate_size", WIDEST[8] + 16, 2),
+        ("low-rank", "intermediate_size", 2 * WIDEST[8] + 1040, 2),
+        ("mixed", "hidden_size", WIDEST[8] + 16, 2),
+        ("dense", "hidden_size", WIDEST[16] + 16, 9),
     ],
 )
-def test_several_rows_too_wide_to_be_held_at_once(ranks, wide, width, rng):
+def test_several_rows_too_wide_to_be_held_at_once(ranks, wide, width, rows, rng):
     """Of down, or behind the norms: what is held is filled twice or three times, last with less than whole slots."""
-    prompts = [rng.integers(0, 128, length).tolist() for length in (3, 9)]
-    # In the interpreter one block has all sums, and must have room for them.
-    changes = {"layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, wide: width}
+    prompts = [rng.integers(0, 128, 3 + 6 * (row % 2)).tolist() for row in range(rows)]
+    changes = SMALL | {"layers": 1, wide: width}
     engines = [engine_of("qwen3", ranks, backend, **changes) for backend in (gpu(), XLA("cpu"))]
-    assert engines[0].model.decoder(2, 128) is not None
-    found, expected = (followed_all(engine, prompts, [[1, 2], [3, 4]])[1:] for engine in engines)
+    assert engines[0].model.decoder(rows, 128) is not None
+    found, expected = (followed_all(engine, prompts, [[1, 2 + row] for row in range(rows)])[1:] for engine in engines)
     assert distance(found, expected) < 2e-2
 
 
@@ -321,18 +359,18 @@ def test_many_heads_of_several_rows(rng):
 
 @pytest.mark.parametrize("ranks", ["dense", "low-rank", "mixed"])
 def test_prompts_and_larger_batches_are_as_with_xla(ranks, rng):
-    prompts = [rng.integers(0, 128, length).tolist() for length in (5, 21) * 5]
+    prompts = [rng.integers(0, 128, length).tolist() for length in (5, 21) * 9]
     backends = (gpu(), jnp.bfloat16), (XLA("cpu"), jnp.bfloat16), (XLA("cpu"), jnp.float32)
     engines = [engine_of("qwen3", ranks, *chosen) for chosen in backends]
     found, plain, exact = (engine.logits(prompts) for engine in engines)
     assert distance(found, exact) < 1.2 * distance(plain, exact)
-    rows = [SamplingParams()] * 10
+    rows = [SamplingParams()] * 18
     texts = [np.concatenate(list(engine.generate(prompts, rows, 8)), axis=1) for engine in engines[:2]]
     np.testing.assert_array_equal(*texts)
 
 
 def test_many_rows_are_left_to_xla():
-    assert engine_of("qwen3", "low-rank", gpu()).model.decoder(9, 128) is None
+    assert engine_of("qwen3", "low-rank", gpu()).model.decoder(17, 128) is None
 
 
 def test_norms_are_put_together_before_the_loop_over_tokens(monkeypatch):

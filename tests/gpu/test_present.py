@@ -43,8 +43,8 @@ def exchange():
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from jaxsvd.kernels.gpu import present, ptx
+    from jaxsvd.kernels.gpu.layouts import strided
     from jaxsvd.kernels.gpu.perlayer import load
-    from jaxsvd.kernels.gpu.stream import strided
 
     layouts = strided(8), strided(4)
 

@@ -7,8 +7,8 @@ import pytest
 from jax import lax
 
 from jaxsvd.config import ModelConfig
-from jaxsvd.kernels.gpu import GPU, _shapes
-from jaxsvd.kernels.gpu.shape import BATCH, ROWS, SPAN, WIDEST, aligned, height
+from jaxsvd.kernels.gpu import GPU, layer_shapes
+from jaxsvd.kernels.gpu.shape import ROWS, SIZES, SPAN, WARPS, WIDEST, aligned, whole
 from jaxsvd.models import build
 from jaxsvd.weights import AbstractWeights
 
@@ -58,20 +58,7 @@ class Squares:
         return self
 
     def __getitem__(self, index):
-        return Square(self, int(index[1]))
-
-    def __setitem__(self, index, value):
-        self.there.add(int(index[1]))
-
-
-class Square:
-    """One of them, of all rows."""
-
-    def __init__(self, squares, tile):
-        self.squares, self.tile = squares, tile
-
-    def __setitem__(self, _, value):
-        self.squares.there.add(self.tile)
+        return SimpleNamespace(send=lambda: self.there.add(int(index[1])), ref=None)
 
 
 class Anything:
@@ -84,7 +71,7 @@ class Anything:
     def __getitem__(self, _):
         return self
 
-    def __setitem__(self, _, value):
+    def expect(self):
         pass
 
 
@@ -94,12 +81,13 @@ class Region:
     def __init__(self, buffer, start, size):
         self.buffer, self.start, self.size = buffer, start, size
 
-    def __setitem__(self, _, value):
+    def send(self):
         if isinstance(self.buffer, Buffer):
             self.buffer.send(self.start, self.size)
 
     def expect(self):
-        self.buffer.expect(self.start, self.size)
+        if isinstance(self.buffer, Buffer):
+            self.buffer.expect(self.start, self.size)
 
 
 def shapes_of(ranks, **changes):
@@ -110,53 +98,57 @@ def shapes_of(ranks, **changes):
         return RANKS[ranks](int(layer), name)
 
     config = ModelConfig.from_hf(CONFIG | changes)
-    return aligned(_shapes(*build(config, AbstractWeights(jnp.bfloat16, rank), GPU())._form))
+    return aligned(layer_shapes(*build(config, AbstractWeights(jnp.bfloat16, rank), GPU())._form))
 
 
+@pytest.mark.parametrize("batch", SIZES[1:])
 @pytest.mark.parametrize("blocks", [1, 7, 132])
 @pytest.mark.parametrize("wide", ["intermediate_size", "hidden_size"])
 @pytest.mark.parametrize("ranks", RANKS)
-def test_all_sums_have_room_where_x_is_held_in_turns(ranks, wide, blocks):
+def test_all_sums_have_room_where_x_is_held_in_turns(ranks, wide, blocks, batch):
     from jaxsvd.kernels.gpu.products import Buffers, Products
 
     turns = 0
-    for number, shape in enumerate(shapes_of(ranks, **{wide: WIDEST + 4160})):
+    for number, shape in enumerate(shapes_of(ranks, **{wide: WIDEST[8] + 4160})):
         weights = [[None] * count for count in shape.matrices]
-        layer = Products(shape, number, 3, weights, (None, None), Buffers(*[None] * 3), None, BATCH)
-        rows, width = shape.held(BATCH)
+        layer = Products(shape, number, 3, weights, (None, None), Buffers(*[None] * 3), None, batch)
+        _, width = shape.held(batch)
         for phase in layer.phases:
-            if SPAN * len(phase.spans) <= width:
-                continue
-            (tiles,) = phase.tiles
-            turns += 1
-            assert -(-tiles.count // blocks) * len(tiles.members) <= shape.swept(rows, blocks)
+            all_at_once = SPAN * len(phase.spans) > width
+            turns += all_at_once
+            for tiles in phase.tiles:
+                most = -(-tiles.count // blocks) if all_at_once else 1
+                assert whole(most, WARPS) <= shape.swept(batch, blocks) // len(tiles.members)
     assert turns >= 3
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", SIZES)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_what_is_read_was_sent(ranks, batch, monkeypatch):
     from jaxsvd.kernels.gpu import products
     from jaxsvd.kernels.gpu.products import Buffers, Products
+    from jaxsvd.kernels.gpu.regions import Rows
     from jaxsvd.kernels.gpu.stream import squares as parts
 
-    results = jnp.zeros((8, ROWS) if batch > 1 else (ROWS,))
+    results = jnp.zeros((WARPS, batch, ROWS) if batch > 1 else (WARPS, ROWS))
     iota = SimpleNamespace(
         broadcasted_iota=lambda dtype, shape, axis, layout: lax.broadcasted_iota(dtype, shape, axis),
         layout_cast=lambda array, _: jnp.broadcast_to(array, results.shape),
     )
     monkeypatch.setattr(products, "plgpu", iota)
-    monkeypatch.setattr(
-        products, "load", lambda ref, layout: results if isinstance(ref, Region) else results.reshape(-1)[:ROWS]
-    )
     monkeypatch.setattr(products, "columns", Region)
 
-    def peek(refs, layout):
-        for ref in refs:
-            ref.expect()
-        return [results] * len(refs)
+    def peek(regions, layout):
+        for region in regions:
+            for i in range(int(region.count)):
+                region.view(i).expect()
+        return [results if isinstance(region.ref, Region) else results.reshape(-1, ROWS)[:WARPS] for region in regions]
 
-    stream = SimpleNamespace(peek=peek, settle=lambda refs, found, layout: found)
+    def send(region, values, layout):
+        for i in range(int(region.count)):
+            region.view(i).send()
+
+    stream = SimpleNamespace(peek=peek, send=send, settle=lambda regions, found, layout: found)
     shapes = shapes_of(ranks)
     anything = Anything()
     vectors, squares = Buffer(), Squares()
@@ -165,7 +157,7 @@ def test_what_is_read_was_sent(ranks, batch, monkeypatch):
             shape = shape.of([jnp.int32(rank) for rank in shape.ranks])  # as the kernel has them
         weights = [[None] * count for count in shape.matrices]
         buffers = Buffers(anything, vectors, squares)
-        arguments = weights, (anything, anything), buffers, stream, height(batch)
+        arguments = weights, (anything, anything), buffers, stream, batch
         room = Products(shape, 0, len(shapes), *arguments).size
         layer = Products(shape, number, len(shapes), *arguments, room)
         if number == 0:
@@ -181,8 +173,9 @@ def test_what_is_read_was_sent(ranks, batch, monkeypatch):
             if phase.norm:
                 assert set(range(phase.norm.start, phase.norm.start + phase.norm.width // ROWS)) <= squares.there
             for tiles in phase.tiles:
-                for row in range(0, int(tiles.rows), ROWS):
-                    tiles.store(row, [results] * len(tiles.members), tiles.early(row))
+                for row in range(0, int(tiles.rows), WARPS * ROWS):
+                    rows = Rows(row, ROWS, min(WARPS, (int(tiles.rows) - row) // ROWS))
+                    tiles.store(rows, [results] * len(tiles.members), tiles.early(rows))
         # All that this layer has sent for itself is taken away; the next one finds what it begins with.
         begins = layer.normed[0] % room + (number + 1) % 2 * room
         vectors.there &= set(range(begins, begins + shape.qkv.inputs))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxsvd.kernels import Fused, Heads
-from jaxsvd.kernels.gpu.shape import BATCH, Group, LayerShape, aligned
+from jaxsvd.kernels.gpu.shape import SIZES, Group, LayerShape, aligned
 from jaxsvd.kernels.xla import XLA, GroupPlan, Stored
 
 CAPABILITY = "9.0"  # Hopper: TMA, and as much shared memory as the ring of weights takes
@@ -48,16 +48,17 @@ class GPU(XLA):
         return Stored(inputs, outputs, transposed=True, rounds=True)
 
     @property
-    def rows(self) -> int:
-        """See `Fused.rows`."""
-        return BATCH
+    def sizes(self) -> tuple[int, ...]:
+        """See `Fused.sizes`."""
+        return SIZES
 
     def obstacle(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]], batch: int, capacity: int) -> str | None:
         """See `Fused.obstacle`."""
-        shapes = aligned(_shapes(heads, plans))
+        shapes = aligned(layer_shapes(heads, plans))
         if shapes is None:
             return "layers must not differ in more than their ranks"
-        found = (shape.obstacle(len(shapes), batch, capacity, self.cores) for shape in shapes)
+        cores = GPU.cores if self.interpret else self.cores  # the interpreter has one block, and memory enough
+        found = (shape.obstacle(len(shapes), batch, capacity, cores) for shape in shapes)
         return next(filter(None, found), None)
 
     def decoder(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]], batch: int) -> Callable[..., jax.Array]:
@@ -65,10 +66,11 @@ class GPU(XLA):
         # Here, as the backend can be chosen, and refused, where jax is too old for the kernel.
         from jaxsvd.kernels.gpu.layers import make_layers
 
-        return make_layers(tuple(_shapes(heads, plans)), batch, self.cores, self.interpret)
+        return make_layers(tuple(layer_shapes(heads, plans)), batch, self.cores, self.interpret)
 
 
-def _shapes(heads: Heads, plans: Sequence[Sequence[GroupPlan]]) -> list[LayerShape]:
+def layer_shapes(heads: Heads, plans: Sequence[Sequence[GroupPlan]]) -> list[LayerShape]:
+    """The layers of a model, as its kernel sees them: see `Fused`."""
     return [LayerShape(*heads, *map(_group, layer)) for layer in plans]
 
 

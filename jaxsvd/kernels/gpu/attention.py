@@ -16,10 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import flash, ptx
+from jaxsvd.kernels.gpu.layouts import full
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load
-from jaxsvd.kernels.gpu.present import Piece
+from jaxsvd.kernels.gpu.regions import Piece
 from jaxsvd.kernels.gpu.shape import HEADS, TOKENS, WARPS, LayerShape, whole
-from jaxsvd.kernels.gpu.stream import Stream, full, share
+from jaxsvd.kernels.gpu.stream import Stream, share
 
 UNITS = 128  # parts of the cache that are attended to side by side, of all heads of keys: some one to a block
 SPLITS = 16  # of them per head of keys, at most

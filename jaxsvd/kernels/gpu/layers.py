@@ -28,8 +28,8 @@ from jaxsvd.kernels.gpu import present, ptx
 from jaxsvd.kernels.gpu.attention import Attention, splits
 from jaxsvd.kernels.gpu.perlayer import PerLayer, table
 from jaxsvd.kernels.gpu.products import Buffers, Products
-from jaxsvd.kernels.gpu.shape import ROWS, SPAN, LayerShape, aligned, height, loose, ring, used
-from jaxsvd.kernels.gpu.stream import PAIR, SCRATCH, Stream, squares
+from jaxsvd.kernels.gpu.shape import ROWS, SLOTS, SPAN, LayerShape, aligned, height, loose, ring, used
+from jaxsvd.kernels.gpu.stream import PAIR, Stream, squares
 
 # Of a thread that multiplies, and of those that copy: no more in all than 3·168, with which three warpgroups begin.
 # More would be waited for without an end.
@@ -63,7 +63,7 @@ def _complete(shape: LayerShape, arrays: Sequence[jax.Array]) -> Iterator[jax.Ar
 
 @cache
 def make_layers(
-    shapes: tuple[LayerShape, ...], batch: int, blocks: int, interpret: Any = None
+    shapes: tuple[LayerShape, ...], batch: int, blocks: int, interpret: Any = None, alone: str | None = None
 ) -> Callable[..., jax.Array]:
     """The kernel for layers of these shapes, which differ in ranks only, on a GPU with `blocks` multiprocessors.
 
@@ -78,6 +78,8 @@ def make_layers(
       get the new tokens: see `LayerShape.obstacle`,
 
     and returns x behind the last layer, float32 (batch, hidden).
+
+    To be timed, one group of all layers can be `alone`, "o", "gate_up" or "down": what is returned then means nothing.
     """
     all_shapes = aligned(shapes)
     assert all_shapes is not None
@@ -85,15 +87,16 @@ def make_layers(
     hidden, rows = shape.qkv.inputs, height(batch)
     counts = shape.matrices
     nothing = [[None] * count for count in counts], (None, None), Buffers(*[None] * 3), None
-    sizes = Products(shape, 0, layers, *nothing, rows)
+    sizes = Products(shape, 0, layers, *nothing, rows, alone=alone)
     room = sizes.size
     fenced = not loose(batch)
     pairs = [] if loose(batch) or interpret else [2]
     blocks = used(blocks, batch)
     parted = splits(batch * shape.kv_heads) > 1  # whether the cache of a head is, and must be put together
-    meetings = len(sizes.phases) + 1 + parted  # of a layer
+    between = 0 if alone else 1 + parted  # meetings of attention
+    meetings = len(sizes.phases) + between  # of a layer
     matrices = sum(counts)  # of a layer
-    slots = ring(shape, layers, batch, blocks)
+    slots = SLOTS if interpret else ring(shape, layers, batch, blocks)
     ranks = None if len(set(shapes)) == 1 else np.array([one.ranks for one in all_shapes], np.int32)
 
     def body(*refs: Any) -> None:
@@ -119,7 +122,7 @@ def make_layers(
             arrays = (PerLayer(refs, layer, tables[0], i * layers) for i, refs in enumerate(weights))
             groups = [list(islice(arrays, count)) for count in counts]
             given = shape if ranked is None else shape.of([ranked[layer, i] for i in range(len(shape.ranks))])
-            return Products(given, layer, layers, groups, norms, buffers, stream, rows, room)
+            return Products(given, layer, layers, groups, norms, buffers, stream, rows, room, alone)
 
         def attention_of(layer: jax.Array, products: Products) -> Attention:
             cached = [PerLayer(refs, layer, tables[1], i * layers) for i, refs in enumerate(caches)]
@@ -149,7 +152,7 @@ def make_layers(
             products = of(layer)
             attention, phases = attention_of(layer, products), products.phases
             for number, (phase, deal) in enumerate(zip(phases, stream.deal(phases), strict=True)):
-                if number == len(products.before):
+                if between and number == len(products.before):
                     meet(layer, number, fenced)
                     count = attention.attend(stream, count)
                     announce(fenced=True)
@@ -166,9 +169,9 @@ def make_layers(
             products = of(layer)
             before = len(products.before)
             for number, phase in enumerate(products.phases):
-                met = number + (1 + parted) * (number >= before)  # attention is between
+                met = number + between * (number >= before)
                 stream.hold(turn(layer, number), phase, partial(meet, layer, met, fenced))
-                if number == before and not interpret:
+                if between and number == before and not interpret:
                     # The layer before has been left by all, and this one's attention too.
                     products.clear(block, blocks)
                     ptx.fence()
@@ -178,7 +181,7 @@ def make_layers(
             phases, before = products.phases, len(products.before)
             deals = stream.deal(phases)
             count = stream.fill(count, phases[:before], deals[:before])
-            count = attention_of(layer, products).fill(stream, count)
+            count = attention_of(layer, products).fill(stream, count) if between else count
             return stream.fill(count, phases[before:], deals[before:])
 
         def publish(table: Any, arrays: Sequence[Sequence[Any]]) -> None:
@@ -231,7 +234,7 @@ def make_layers(
             # Barriers are placed by hand: automatic ones, before every copy and load, would stop the stream.
             unsafe_no_auto_barriers=True,
             approx_math=True,
-            reduction_scratch_bytes=SCRATCH,
+            reduction_scratch_bytes=0,  # each warp adds up by itself
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
@@ -248,12 +251,17 @@ def make_layers(
     ) -> jax.Array:
         """See `make_layers`."""
         before, behind, *head_norms = norms
-        residual, *others = map(jax.new_ref, _sent(x, before[0], rows, room))
+        sent = _sent(x, before[0], rows, room)
+        if alone:  # nobody sends what it reads
+            sent = tuple(jnp.nan_to_num(each, nan=1.0) for each in sent)
+        residual, *others = map(jax.new_ref, sent)
         complete = [_complete(one, given) for one, given in zip(all_shapes, arrays, strict=True)]
         weights = [array for one in zip(*complete, strict=True) for array in one]
         ranked = [] if ranks is None else [jnp.asarray(ranks)]
         vectors = positions, cosines, sines, before, behind, *head_norms, *ranked
         kernel(*vectors, *weights, *keys, *values, residual, *others)
+        if alone:  # it may write nothing else
+            return others[0][...][:batch, :hidden]
         return residual[...][:batch]
 
     return call

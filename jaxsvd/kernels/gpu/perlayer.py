@@ -76,7 +76,7 @@ class PerLayer:
         self._each(write)
 
     def fetch(self, row: jax.Array, column: jax.Array, width: Any, target: Any, full: Any, slot: jax.Array) -> None:
-        """Start to copy rows into `target` (rows, SPAN), a slot of a ring in shared memory: SPAN columns.
+        """Start to copy SPAN columns of rows into `target` (rows, SPAN or more), a slot of a ring in shared memory.
 
         The array is (n, `width`), which may be that of this layer only, and the copy ends at its edge. `full` are the
         ring's barriers: see `ptx`; in the interpreter Pallas' own.

@@ -6,15 +6,12 @@ ends like that, as what is not a number is another one. So what is sent must hav
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -22,7 +19,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxsvd.kernels.gpu import ptx
-from jaxsvd.kernels.gpu.shape import WARPS
+from jaxsvd.kernels.gpu.regions import Four, Piece, offset
 
 
 def nothing(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -102,88 +99,60 @@ def _gone(word: str) -> str:
     return f"sub.u32 b, 0xfffefffe, {word}; and.b32 b, b, {word}; and.b32 b, b, 0x80008000; setp.ne.u32 gone, b, 0;"
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Elements [at, at + width) of each of four parts of a vector, from part `first` on, there being `count` of them.
-
-    This is (4, width), and the last part is there again instead of such as there are not. `ref` is the vector.
-    """
-
-    ref: Any
-    count: int
-    first: int
-    at: int
-    width: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """As an array."""
-        return WARPS, self.width
-
-    @property
-    def dtype(self) -> Any:
-        """As an array."""
-        return self.ref.dtype
-
-    @property
-    def parts(self) -> list[Any]:
-        """The elements of each of the four, as references."""
-        size = self.ref.shape[0] // self.count
-        numbers = [min(self.first + i, self.count - 1) for i in range(WARPS)]
-        return [self.ref.at[pl.ds(number * size + self.at, self.width)] for number in numbers]
-
-    def offset(self, index: Sequence[Any]) -> Any:
-        """Where one of its elements is in the vector: 32 bits."""
-        i32 = ir.IntegerType.get_signless(32)
-        size = self.ref.shape[0] // self.count
-        part, column = (arith.index_cast(i32, number) for number in index)
-        part = arith.addi(part, arith.constant(i32, self.first))
-        part = arith.minui(part, arith.constant(i32, self.count - 1))
-        start = arith.addi(arith.muli(part, arith.constant(i32, size)), arith.constant(i32, self.at))
-        return arith.addi(start, column)
-
-
 def peek(regions: Sequence[Any], layout: Any) -> list[jax.Array]:
-    """Read references, or pieces, into registers in a layout, whether they are there or not."""
+    """Read references, or what warps have of them, into registers in a layout, whether they are there or not."""
 
-    def run(_: Any, *refs: Any) -> list[Any]:
+    def run(_: Any, *given: Any) -> list[Any]:
         return [
-            _array(region.shape, layout, [_load(place, kind) for place, kind in _places(region, ref, layout)])
-            for region, ref in zip(regions, refs, strict=True)
+            _array(region.shape, layout, [_load(place, kind) for place, kind, _ in _places(region, layout, given)])
+            for region, given in _apart(regions, given)
         ]
 
-    refs = map(_ref, regions)
-    return ptx.inline((plgpu.RefType(),) * len(regions), run, *refs, result=_results(regions, layout))
+    return ptx.inline(_types(regions), run, *_given(regions), result=_results(regions, layout))
 
 
 def settle(regions: Sequence[Any], found: Sequence[jax.Array], layout: Any) -> list[jax.Array]:
     """What `peek` has found in them, but of what was not there what comes."""
 
     def run(_: Any, *given: Any) -> list[Any]:
-        refs, found = given[: len(regions)], given[len(regions) :]
-        places = [place for region, ref in zip(regions, refs, strict=True) for place in _places(region, ref, layout)]
+        found, given = given[: len(regions)], given[len(regions) :]
+        places = [place[:2] for region, one in _apart(regions, given) for place in _places(region, layout, one)]
         settled = iter(_settled(places, [register for array in found for register in array.registers.flat]))
         return [
             _array(region.shape, layout, [next(settled) for _ in array.registers.flat])
             for region, array in zip(regions, found, strict=True)
         ]
 
-    types = (*(plgpu.RefType() for _ in regions), *(layout for _ in regions))
-    return ptx.inline(types, run, *map(_ref, regions), *found, result=_results(regions, layout))
+    types = (*(layout for _ in regions), *_types(regions))
+    return ptx.inline(types, run, *found, *_given(regions), result=_results(regions, layout))
 
 
-def send(piece: Piece, values: jax.Array, layout: Any) -> None:
-    """Store a piece."""
+def send(region: Any, values: jax.Array, layout: Any) -> None:
+    """Store what warps have of a reference."""
 
-    def run(_: Any, ref: Any, values: Any) -> None:
-        for (place, _), register in zip(_places(piece, ref, layout), values.registers.flat, strict=True):
-            llvm.store(register, place)
+    def run(_: Any, values: Any, *given: Any) -> None:
+        for (place, _, real), register in zip(_places(region, layout, given), values.registers.flat, strict=True):
+            with utils.when(real):
+                llvm.store(register, place)
 
-    ptx.inline((plgpu.RefType(), layout), run, piece.ref, values)
+    ptx.inline((layout, *_types([region])), run, values, *_given([region]))
 
 
-def _ref(region: Any) -> Any:
-    return region.ref if isinstance(region, Piece) else region
+def _given(regions: Sequence[Any]) -> list[Any]:
+    """What the code for regions is given: of each the reference, and its numbers."""
+    each = ((region.ref, *region.numbers) if isinstance(region, (Piece, Four)) else (region,) for region in regions)
+    return [one for given in each for one in given]
+
+
+def _types(regions: Sequence[Any]) -> tuple[Any, ...]:
+    """Of the same."""
+    return tuple(one for region in regions for one in (plgpu.RefType(), *[ptx.NUMBER] * (len(_given([region])) - 1)))
+
+
+def _apart(regions: Sequence[Any], given: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
+    """The regions, each with what is given of it."""
+    left = iter(given)
+    return [(region, list(islice(left, len(_given([region]))))) for region in regions]
 
 
 def _results(regions: Sequence[Any], layout: Any) -> list[Any]:
@@ -197,21 +166,14 @@ def _array(shape: Sequence[int], layout: Any, vectors: Sequence[Any]) -> Any:
     return mgpu.FragmentedArray(_registers=registers, _layout=chosen, _is_signed=None)
 
 
-def _places(region: Any, ref: Any, layout: Any) -> list[tuple[Any, Any]]:
-    """Pointers to what this thread has of a region, a register each, and the register's type."""
-    chosen = layout.to_mgpu()
+def _places(region: Any, layout: Any, given: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    """Pointers to what this thread has of a region, a register each, the register's type, and whether it is real."""
+    ref, numbers = given[0], [number.registers.item() for number in given[1:]]
+    chosen, always = layout.to_mgpu(), arith.constant(ir.IntegerType.get_signless(1), 1)
     register = ir.VectorType.get((chosen.vector_length,), ir.MemRefType(ref.type).element_type)
-    offset = region.offset if isinstance(region, Piece) else partial(_offset, ref)
-    return [(ptx.pointer(ref, offset(index)), register) for index in chosen.thread_idxs(tuple(region.shape))]
-
-
-def _offset(ref: Any, index: Sequence[Any]) -> Any:
-    """Where an element of a reference is: 32 bits."""
-    i32 = ir.IntegerType.get_signless(32)
-    at = arith.constant(i32, 0)
-    for number, stride in zip(index, ir.MemRefType(ref.type).get_strides_and_offset()[0], strict=True):
-        at = arith.addi(at, arith.muli(arith.index_cast(i32, number), arith.constant(i32, stride)))
-    return at
+    place = region.place if isinstance(region, (Piece, Four)) else lambda ref, index: (offset(ref, index), always)
+    found = (place(ref, index, *numbers) for index in chosen.thread_idxs(tuple(region.shape)))
+    return [(ptx.pointer(ref, at), register, real) for at, real in found]
 
 
 def _bits(kind: Any) -> int:

@@ -11,10 +11,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import present
-from jaxsvd.kernels.gpu.perlayer import load
+from jaxsvd.kernels.gpu.layouts import partial_sums
 from jaxsvd.kernels.gpu.phases import Norm, Phase, Streamed, Tiles, X
+from jaxsvd.kernels.gpu.regions import Rows
 from jaxsvd.kernels.gpu.shape import ROWS, Group, LayerShape, roomy
-from jaxsvd.kernels.gpu.stream import columns, squares, sums
+from jaxsvd.kernels.gpu.stream import columns, squares
 
 
 def gate(g: jax.Array, u: jax.Array) -> jax.Array:
@@ -40,7 +41,8 @@ class Products:
     """The products of a layer, in order: those `before` attention, and those `behind` it.
 
     Of the vectors, `size` elements a layer, twice `room` in all, q, k and v are at `heads`, and what attention gives
-    at `mixed`. Buffers, weights, norms and the stream may be None where only sizes are asked for.
+    at `mixed`. Buffers, weights, norms and the stream may be None where only sizes are asked for. If `alone` names a
+    group, this has only the products of that one.
     """
 
     shape: LayerShape  # of this layer
@@ -52,6 +54,7 @@ class Products:
     stream: Any
     height: int
     room: int = 0
+    alone: str | None = None
     size: int = 0
 
     def __post_init__(self) -> None:
@@ -59,11 +62,13 @@ class Products:
         self.normed = [self._take(shape.qkv.inputs) for _ in range(2)]
         self.mixed, inner = self._take(shape.o.inputs), self._take(shape.down.inputs)
         self.before, self.heads = self._project(shape.qkv, qkv)
-        self.behind = [
-            *self._add(shape.o, o, self.mixed, 1, self.layer),
-            *self._gate(shape.gate_up, gate_up, inner),
-            *self._add(shape.down, down, inner, 0, self.layer + 1),
-        ]
+        groups = {
+            "o": self._add(shape.o, o, self.mixed, 1, self.layer),
+            "gate_up": self._gate(shape.gate_up, gate_up, inner),
+            "down": self._add(shape.down, down, inner, 0, self.layer + 1),
+        }
+        self.behind = [phase for name, phases in groups.items() if self.alone in (name, None) for phase in phases]
+        self.before = [] if self.alone else self.before
 
     @property
     def phases(self) -> list[Phase]:
@@ -72,8 +77,8 @@ class Products:
 
     @property
     def layout(self) -> Any:
-        """Of the results of a tile."""
-        return sums(self.height)
+        """Of the results of four tiles."""
+        return partial_sums(self.height)
 
     def clear(self, block: jax.Array, blocks: int) -> None:
         """Take away what the layer before has sent: for the next one, as soon as all have read it."""
@@ -98,10 +103,12 @@ class Products:
     def _tiles(self, rows: int, members: Sequence[Streamed], start: Any) -> Tiles:
         """Products whose results go to `vectors` from element `start` on."""
 
-        def store(row: jax.Array, sums: list[jax.Array], _: Any) -> None:
-            columns(self.buffers.vectors, start + row, ROWS)[...] = sums[0].astype(jnp.bfloat16)
+        return Tiles(rows, members, lambda rows, sums, _: self._send(rows, start, sums[0]))
 
-        return Tiles(rows, members, store)
+    def _send(self, rows: Rows, start: Any, results: jax.Array) -> None:
+        """Results to `vectors` from element `start` on."""
+        place = rows.of(lambda row: columns(self.buffers.vectors, start + row, ROWS))
+        self.stream.send(place, results.astype(jnp.bfloat16), self.layout)
 
     def _normed(self, norm: int) -> tuple[X, Norm]:
         """What the first product behind a norm reads."""
@@ -123,28 +130,23 @@ class Products:
             at += roomy(group.deepest[i])
         return [X(self.buffers.vectors, places[i], group.ranks[i], group.deepest[i]) for i in group.low_rank], members
 
-    def _passing(self, group: Group, places: Sequence[Any], row: jax.Array) -> list[Any]:
+    def _passing(self, group: Group, places: Sequence[Any], rows: Rows) -> list[Any]:
         """What the first product gave of members that are dense, or of those that are so in other layers anything.
 
         What nobody sends must not be waited for: of these it is the beginning.
         """
-        rows = ((i, group.unless_dense(i, 0, row)) for i in group.dense)
-        return [columns(self.buffers.vectors, places[i] + at, ROWS) for i, at in rows]
+        return [
+            rows.first_of(
+                lambda row, i=i: columns(self.buffers.vectors, places[i] + group.unless_dense(i, 0, row), ROWS),
+                group.unless_dense(i, 1, rows.count),
+            )
+            for i in group.dense
+        ]
 
-    def _peek(self, group: Group, places: Sequence[Any], row: jax.Array) -> list[jax.Array]:
-        """The same, loaded, but not there yet perhaps."""
-        return self.stream.peek(self._passing(group, places, row), self.layout)
-
-    def _results(
-        self,
-        group: Group,
-        places: Sequence[Any],
-        row: jax.Array,
-        sums: Sequence[jax.Array],
-        peeked: Sequence[jax.Array],
-    ) -> list[jax.Array]:
+    def _results(self, group: Group, places: Sequence[Any], rows: Rows, sums: Sequence[jax.Array]) -> list[jax.Array]:
         """The result of each member: its sums, or what was passed on where it is dense."""
-        found = self.stream.settle(self._passing(group, places, row), peeked, self.layout)
+        passing = self._passing(group, places, rows)
+        found = self.stream.settle(passing, self.stream.peek(passing, self.layout), self.layout)
         passed = dict(zip(group.dense, (part.astype(jnp.float32) for part in found), strict=True))
         given = passed | dict(zip(group.low_rank, sums, strict=True))
         for i in set(passed) & set(group.low_rank):
@@ -172,56 +174,56 @@ class Products:
         normed = self.normed[norm] + ((layer & 1) - (self.layer & 1)) * self.room
         first_square = self._squares(layer, norm)
 
-        def held(row: jax.Array) -> tuple[jax.Array, jax.Array]:
-            place = jnp.minimum(layer, self.layers - 1), pl.ds(row, ROWS)
-            gain = load(self.norms[norm].at[place], self.layout.reduce((0,)) if several else self.layout)
-            return load(columns(buffers.residual, row, ROWS), self.layout), gain
+        def held(rows: Rows) -> tuple[jax.Array, jax.Array]:
+            last = jnp.minimum(layer, self.layers - 1)
+            gains = rows.of(lambda row: self.norms[norm].at[last, pl.ds(row, ROWS)])
+            (gain,) = self.stream.peek([gains], self.layout.reduce((1,)) if several else self.layout)
+            (before,) = self.stream.peek([residual(rows)], self.layout)
+            return before, gain
 
-        def add(row: jax.Array, more: jax.Array, held: tuple[jax.Array, jax.Array]) -> None:
+        def residual(rows: Rows) -> Any:
+            return rows.of(lambda row: columns(buffers.residual, row, ROWS))
+
+        def square(row: jax.Array) -> Any:
+            tile = first_square + lax.div(row, ROWS)
+            return buffers.squares.at[pl.ds(0, self.height) if several else 0, tile]
+
+        def add(rows: Rows, more: jax.Array, held: tuple[jax.Array, jax.Array]) -> None:
             total, gain = held[0] + more, held[1].astype(jnp.float32)
             if several:
-                gain = plgpu.layout_cast(lax.broadcast_in_dim(gain, total.shape, (1,)), self.layout)
-            columns(buffers.residual, row, ROWS)[...] = total
-            columns(buffers.vectors, normed + row, ROWS)[...] = (total * gain).astype(jnp.bfloat16)
-            square, tile = jnp.sum(total * total, axis=-1), first_square + lax.div(row, ROWS)
-            if several:
-                buffers.squares.at[pl.ds(0, self.height), tile][...] = square
-            else:
-                buffers.squares[0, tile] = square
+                gain = plgpu.layout_cast(lax.broadcast_in_dim(gain, total.shape, (0, 2)), self.layout)
+            self.stream.send(residual(rows), total, self.layout)
+            self._send(rows, normed, total * gain)
+            last = total.ndim - 1
+            self.stream.send(rows.of(square, ROWS), jnp.sum(total * total, axis=last), self.layout.reduce((last,)))
 
         x = X(buffers.vectors, source, group.inputs, group.inputs)
         if not group.low_rank:
             lone = Streamed(weights[0], group.inputs)
-            tiles = Tiles(group.outputs[0], [lone], lambda row, sums, held: add(row, sums[0], held), held)
+            tiles = Tiles(group.outputs[0], [lone], lambda rows, sums, held: add(rows, sums[0], held), held)
             return [Phase([x], [tiles], fixed=True)]
         phases, places = self._first(group, weights[0], x)
         strips, members = self._second(group, weights[1:], places)
 
-        def early(row: jax.Array) -> tuple[Any, list[jax.Array]]:
-            return held(row), self._peek(group, places, row)
+        def store(rows: Rows, sums: list[jax.Array], held: tuple[jax.Array, jax.Array]) -> None:
+            add(rows, self._results(group, places, rows, sums)[0], held)
 
-        def store(row: jax.Array, sums: list[jax.Array], given: tuple[Any, list[jax.Array]]) -> None:
-            add(row, self._results(group, places, row, sums, given[1])[0], given[0])
-
-        return [*phases, Phase(strips, [Tiles(group.outputs[0], members, store, early)], fixed=True)]
+        return [*phases, Phase(strips, [Tiles(group.outputs[0], members, store, held)], fixed=True)]
 
     def _gate(self, group: Group, weights: Sequence[Any], target: Any) -> list[Phase]:
         """The phases of gate and up, whose tiles go in pairs."""
         x, norm = self._normed(1)
 
-        def put(row: jax.Array, pair: Sequence[jax.Array]) -> None:
-            columns(self.buffers.vectors, target + row, ROWS)[...] = gate(*pair).astype(jnp.bfloat16)
+        def put(rows: Rows, pair: Sequence[jax.Array]) -> None:
+            self._send(rows, target, gate(*pair))
 
         if not group.low_rank:
             members = [Streamed(weights[0], group.inputs, start) for start in group.starts]
-            return [Phase([x], [Tiles(group.outputs[0], members, lambda row, sums, _: put(row, sums))], norm)]
+            return [Phase([x], [Tiles(group.outputs[0], members, lambda rows, sums, _: put(rows, sums))], norm)]
         phases, places = self._first(group, weights[0], x, norm)
         strips, members = self._second(group, weights[1:], places)
 
-        def early(row: jax.Array) -> list[jax.Array]:
-            return self._peek(group, places, row)
+        def store(rows: Rows, sums: list[jax.Array], _: Any) -> None:
+            put(rows, self._results(group, places, rows, sums))
 
-        def store(row: jax.Array, sums: list[jax.Array], passed: list[jax.Array]) -> None:
-            put(row, self._results(group, places, row, sums, passed))
-
-        return [*phases, Phase(strips, [Tiles(group.outputs[0], members, store, early)])]
+        return [*phases, Phase(strips, [Tiles(group.outputs[0], members, store)])]

@@ -13,10 +13,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-from jaxsvd.kernels.gpu.shape import SPAN
+from jaxsvd.kernels.gpu.shape import SPAN, WARPS
 
 NUMBER = plgpu.Layout.WG_SPLAT(())  # how a warpgroup holds ()
-CHAINS = 4  # sums that are independent of each other: one mma takes 33 cycles, and the next may not wait for it
+# Sums that are independent of each other: one mma takes 33 cycles, and the next may not wait for it. An even number, as
+# every other instruction has its results in the other half of the rows: see `multiply`.
+CHAINS = 4
 
 
 def thread() -> Any:
@@ -39,35 +41,73 @@ def mma(a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[Any]:
     return [llvm.extractvalue(f32, made, [i]) for i in range(4)]
 
 
+def arrange(x: jax.Array, layout: Any, zero: jax.Array) -> jax.Array:
+    """x (16, n), (8, n) or (n,), bfloat16, in the order in which `multiply` wants it to be in registers.
+
+    What moves the words there uses `zero` (), an int32 0 that the compiler does not know. If it saw that they are only
+    moved, it would move them before every product instead.
+    """
+
+    height = x.shape[0] if x.ndim > 1 else 1
+
+    def run(_: Any, x: Any, zero: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        words, kind = ir.VectorType.get((4,), i32), x.registers.flat[0].type
+        selector = arith.addi(arith.constant(i32, 0x3210), zero.registers.item())
+
+        def moved(word: Any) -> Any:
+            return llvm.inline_asm(i32, [word, selector], "prmt.b32 $0, $1, $1, $2;", "=r,r,r", has_side_effects=True)
+
+        quads = []
+        for pair in x.registers.reshape(height // 8 or 1, -1).T:  # a thread's row, or its two, with the same inputs
+            given = [[element(vector.bitcast(words, one), i) for i in range(4)] for one in pair]
+            if len(given) == 1:
+                quads += [[given[0][i] for i in (0, 2, 1, 3)]]
+            else:
+                quads += [[given[k][i] for i in half for k in (0, 1)] for half in ((0, 1), (2, 3))]
+        registers = np.empty(len(quads), dtype=object)
+        registers[:] = [vector.bitcast(kind, vector.from_elements(words, list(map(moved, quad)))) for quad in quads]
+        return mgpu.FragmentedArray(_registers=registers.reshape(x.registers.shape), _layout=x.layout, _is_signed=None)
+
+    result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout)
+    return inline((layout, NUMBER), run, x, zero, result=result)
+
+
 def multiply(sums: jax.Array, weights: jax.Array, x: jax.Array, layouts: tuple[Any, Any, Any]) -> jax.Array:
     """Add weights (8, n) times x, both bfloat16, to the sums of the four warps, float32, on tensor cores.
 
-    x is the A of m16n8k16: eight rows (8, n), and the sums (4, 8, 8); or one (n,), which all eight groups of lanes hold
-    alike, so that each gets the result, and the sums (4, 8). The weights are B. A thread's eight neighbours are the
-    inputs of two instructions: which input goes with which k does not matter, as long as x and weights agree.
+    x is the A of m16n8k16, and the weights are B: sixteen rows (16, n), and the sums (4, 16, 8); or eight, and the sums
+    (4, 8, 8); or one (n,), which all eight groups of lanes hold alike, so that each gets the result, and the sums
+    (4, 8). A thread's eight neighbours are the inputs of two instructions: which input goes with which k does not
+    matter, as long as x and weights agree. Where A has room for twice the rows, these are the same ones with the inputs
+    of the other instruction, and of each only the half is looked at that makes sense, so that both have the same A.
+    x is as `arrange` gives it.
     """
     result = plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=layouts[0])
 
     def run(_: Any, sums: Any, weights: Any, x: Any) -> Any:
         f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-        words = ir.VectorType.get((4,), i32)
-        zero, none = arith.constant(i32, 0), arith.constant(f32, 0.0)
-        (held,) = sums.registers.flat
-        chains = [[element(held, 0), element(held, 1), none, none], *([none] * 4 for _ in range(CHAINS - 1))]
-        turn = 0
-        for b, a in zip(weights.registers.flat, x.registers.flat, strict=True):
-            b, a = vector.bitcast(words, b), vector.bitcast(words, a)
-            for i in (0, 2):
-                # Rows 8 to 15 of A are nothing.
-                pairs = [element(a, i), zero, element(a, i + 1), zero], [element(b, i), element(b, i + 1)]
-                chains[turn] = mma(*pairs, chains[turn])
-                turn = (turn + 1) % CHAINS
+        words, none = ir.VectorType.get((4,), i32), arith.constant(f32, 0.0)
+        held = [element(register, i) for register in sums.registers.flat for i in range(2)]
+        chains = [[*held, none, none][:4], *([none] * 4 for _ in range(CHAINS - 1))]
+        quads = [[element(vector.bitcast(words, one), i) for i in range(4)] for one in x.registers.flat]
+        pairs = [
+            [element(vector.bitcast(words, one), i) for i in half]
+            for one in weights.registers.flat
+            for half in ((0, 1), (2, 3))
+        ]
+        for i, pair in enumerate(pairs):
+            chains[i % CHAINS] = mma(quads[i * len(quads) // len(pairs)], pair, chains[i % CHAINS])
+        if len(held) < 4:
+            chains = [chain[i % 2 * 2 :] for i, chain in enumerate(chains)]
         totals = []
-        for i in range(2):
+        for i in range(len(held)):
             first, second, third, fourth = (chain[i] for chain in chains)
             totals.append(arith.addf(arith.addf(first, second), arith.addf(third, fourth)))
         registers = np.empty(sums.registers.shape, dtype=object)
-        registers.flat[0] = vector.from_elements(ir.VectorType.get((2,), f32), totals)
+        registers.flat[:] = [
+            vector.from_elements(ir.VectorType.get((2,), f32), totals[i : i + 2]) for i in range(0, len(totals), 2)
+        ]
         return mgpu.FragmentedArray(_registers=registers, _layout=sums.layout, _is_signed=None)
 
     return inline(layouts, run, sums, weights, x, result=result)
@@ -348,17 +388,18 @@ def share(
             perform("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [$0], $1;", "r,r", barrier, total)
         # A thread in each warp has a row, as those of one would copy one after the other.
         warp, lane = (op(thread(), constant(utils.WARP_SIZE)) for op in (arith.divui, arith.remui))
-        row = arith.addi(arith.muli(warp, constant(2)), own)
         one = arith.cmpi(arith.CmpIPredicate.eq, lane, constant(0))
-        real = arith.cmpi(arith.CmpIPredicate.slt, row, constant(rows))
         some = arith.cmpi(arith.CmpIPredicate.sgt, size, constant(0))
-        with utils.when(arith.andi(arith.andi(one, real), some)):
-            perform(
-                "{ .reg .b16 both; mov.b16 both, 3; cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                ".multicast::cluster [$0], [$1], $2, [$3], both; }",
-                "r,l,r,r",
-                *(shared(at(target, row, constant(place))), at(source, row, start), size, barrier),
-            )
+        for first in range(0, rows, 2 * WARPS):
+            row = arith.addi(arith.addi(arith.muli(warp, constant(2)), own), constant(first))
+            real = arith.cmpi(arith.CmpIPredicate.slt, row, constant(rows))
+            with utils.when(arith.andi(arith.andi(one, real), some)):
+                perform(
+                    "{ .reg .b16 both; mov.b16 both, 3; cp.async.bulk.shared::cluster.global.mbarrier"
+                    "::complete_tx::bytes.multicast::cluster [$0], [$1], $2, [$3], both; }",
+                    "r,l,r,r",
+                    *(shared(at(target, row, constant(place))), at(source, row, start), size, barrier),
+                )
 
     numbers = (jnp.asarray(number, jnp.int32) for number in (start, left, own))
     inline((plgpu.RefType(),) * 3 + (NUMBER,) * 3, run, source, target, barriers, *numbers)

@@ -10,17 +10,16 @@ import jax.numpy as jnp
 
 WARPS = 4  # of a warpgroup
 ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
-BATCH = 8  # rows of x that it takes at most: half of its m
+SIZES = 1, 8, 16  # rows of x that kernels are made for: one, half of its m, or all
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
-WIDEST = 4096  # inputs that are held of several rows of x at once
-APART = 32  # elements between rows of x in shared memory, lest all begin in the same bank
+WIDEST = {1: sys.maxsize, 8: 4096, 16: 2048}  # inputs that are held at once of so many rows of x
+APART = 32  # elements between rows in shared memory, lest all begin in the same bank
 TOKENS = 32  # of the cache that a block attends to at once: keys and values of heads of 128 fill a slot
 HEADS = 8  # of queries that do so at once: the rows of mma that are used
 UNIT = 16  # widths are whole ones: 32 bytes, where copies and loads may begin
 
 SHARED = 227 * 1024  # bytes of shared memory that a block may have on Hopper
 ALIGNED = 1024  # where Pallas begins each thing there
-RESERVED = 2 * ALIGNED  # for sums across warps, and for Pallas' barriers
 SLOTS = 10  # in the ring; more were not faster
 FEWEST = 4  # slots with which it is still a ring
 
@@ -40,14 +39,24 @@ def roomy(width: int) -> int:
     return whole(width, SPAN)
 
 
+def tiles(outputs: int, blocks: int) -> int:
+    """How many tiles a block has of these, at most."""
+    return -(-outputs // (ROWS * blocks))
+
+
 def widest(batch: int) -> int:
     """The inputs of x that are held at once, at most: of one row all."""
-    return WIDEST if batch > 1 else sys.maxsize
+    return WIDEST[height(batch)]
 
 
 def height(batch: int) -> int:
-    """The rows of a buffer for so many rows of x: mma takes one, or BATCH of them, some of which may be nothing."""
-    return 1 if batch == 1 else BATCH
+    """The rows of a buffer for so many rows of x: of these some may be nothing."""
+    return next(size for size in SIZES if size >= batch)
+
+
+def pitch(batch: int) -> int:
+    """The elements from one row of a slot to the next. Beside several rows of x there is no room to set them apart."""
+    return SPAN + (APART if batch == 1 else 0)
 
 
 def loose(batch: int) -> bool:
@@ -95,8 +104,13 @@ class Group:
         return [i for i, rank in enumerate(self.ranks) if rank is not None]
 
     def held(self, widest: int) -> int:
-        """The elements in shared memory of a row of what its products read: x, or `widest` of it, or what V read."""
-        return max(roomy(min(self.inputs, widest)), sum(roomy(self.deepest[i]) for i in self.low_rank))
+        """The elements in shared memory of a row of what its products read, x or what V read: at most `widest`."""
+        return min(widest, max(roomy(self.inputs), self.strips))
+
+    @property
+    def strips(self) -> int:
+        """What V read, each in whole slots."""
+        return sum(roomy(self.deepest[i]) for i in self.low_rank)
 
 
 @dataclass(frozen=True)
@@ -145,9 +159,18 @@ class LayerShape:
         return height(batch), max(group.held(widest(batch)) for group in self.groups) + (APART if batch > 1 else 0)
 
     def swept(self, batch: int, blocks: int) -> int:
-        """The tiles whose sums a block holds at once, at most: those of products that read more than is held."""
-        wide = [group for group in self.groups if group.inputs > widest(batch)]
-        return max((-(-sum(group.most) // (ROWS * blocks)) + 1 for group in wide), default=0)
+        """The tiles whose sums a block holds at once: at most four, or all if x comes in turns. Of pairs twice that."""
+        found, limit = [], widest(batch)
+
+        def add(inputs: int, outputs: int, members: int) -> None:
+            found.append(members * (whole(tiles(outputs, blocks), WARPS) if inputs > limit else WARPS))
+
+        for group in self.groups:
+            pair = 2 if group is self.gate_up else 1  # of tiles
+            lone = pair > 1 and not group.low_rank  # its only product is of pairs
+            add(roomy(group.inputs), max(group.outputs) if lone else sum(group.most), pair if lone else 1)
+            add(group.strips, max(group.outputs), pair)
+        return max(found)
 
     @property
     def together(self) -> int:
@@ -193,10 +216,10 @@ def ring(shape: LayerShape, layers: int, batch: int, blocks: int) -> int:
     queries, *warps = map(math.prod, shape.sides)
     sides = 2 * queries, *(4 * size for size in warps)
     barriers = 8 * SLOTS, 8 * SLOTS, 8 * (width // SPAN + 1)
-    sums = 4 * WARPS * BATCH * ROWS * shape.swept(batch, blocks)
+    sums = 4 * WARPS * rows * ROWS * shape.swept(batch, blocks)
     sizes = 2 * rows * width, 4 * rows, *barriers, *tables, *sides, sums
-    taken = RESERVED + sum(whole(size, ALIGNED) for size in sizes)
-    return min(SLOTS, (SHARED - taken) // (2 * ROWS * SPAN))
+    taken = ALIGNED + sum(whole(size, ALIGNED) for size in sizes)  # Pallas has barriers of its own
+    return min(SLOTS, (SHARED - taken) // (2 * ROWS * pitch(batch)))
 
 
 def aligned(shapes: Sequence[LayerShape]) -> list[LayerShape] | None:

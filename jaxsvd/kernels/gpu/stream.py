@@ -16,36 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import present, ptx
+from jaxsvd.kernels.gpu.layouts import APIECE, TILE, full, inputs, partial_sums, strided
 from jaxsvd.kernels.gpu.perlayer import load
 from jaxsvd.kernels.gpu.phases import Norm, Phase, Streamed, Tiles, X
-from jaxsvd.kernels.gpu.shape import BATCH, ROWS, SPAN, WARPS, loose, whole
+from jaxsvd.kernels.gpu.regions import Four, Piece
+from jaxsvd.kernels.gpu.shape import ROWS, SPAN, WARPS, loose, pitch, whole
+from jaxsvd.kernels.gpu.sweep import Sweep
 
 PAIR = "pair"  # the axis of the blocks that share what is brought of several rows
-SCRATCH = 1024  # bytes of shared memory in which the warps of a warpgroup add up
-
-# How four warps hold a tile: of every 128 inputs 32 each, 16 bytes to a thread, as mma wants its B.
-TILE = plgpu.Layout.TILED(
-    plgpu.Tiling(((ROWS, 128), (ROWS, 32), (8,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
-)
-# What mma gives: the sums (4, BATCH, ROWS) of the warps, two in a thread.
-PARTIAL = plgpu.Layout.TILED(plgpu.Tiling(((4, BATCH, ROWS), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
-# Four rows of something, one to a warp.
-APIECE = plgpu.Layout.TILED(plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-
-
-def inputs(height: int) -> Any:
-    """How four warps hold x: of all rows if there are several, else the one, which all lanes have that need it."""
-    return TILE if height > 1 else TILE.reduce((0,))
-
-
-def partial_sums(height: int) -> Any:
-    """How they hold the sums of each of them: (4, BATCH, ROWS), or (4, ROWS) of one row."""
-    return PARTIAL if height > 1 else PARTIAL.reduce((1,))
-
-
-def sums(height: int) -> Any:
-    """How they hold the sums of all: (BATCH, ROWS), or (ROWS,)."""
-    return partial_sums(height).reduce((0,))
 
 
 def squares(width: int) -> int:
@@ -54,24 +32,14 @@ def squares(width: int) -> int:
 
 
 def columns(ref: Any, start: Any, size: int) -> Any:
-    """The same elements of all rows of a buffer: (BATCH, size), or (size,) of one row."""
-    return ref.at[0 if ref.shape[0] == 1 else pl.ds(0, BATCH), pl.ds(start, size)]
-
-
-def full(fill: float, shape: tuple[int, ...], layout: Any, dtype: Any = jnp.float32) -> jax.Array:
-    """A constant in a layout."""
-    return plgpu.layout_cast(jnp.full(shape, fill, dtype), layout)
+    """The same elements of all rows of a buffer: (height, size), or (size,) of one row."""
+    rows = ref.shape[0]
+    return ref.at[0 if rows == 1 else pl.ds(0, rows), pl.ds(start, size)]
 
 
 def share(count: int, first: jax.Array, blocks: int) -> jax.Array:
     """How many of `count` things a block has whose first is `first`, every `blocks`-th being its own."""
     return lax.div(count - first + (blocks - 1), blocks)
-
-
-def strided(vector: int) -> Any:
-    """How a warpgroup holds (n,), `vector` neighbours to a thread."""
-    tiling = plgpu.Tiling(((128 * vector,), (32 * vector,), (vector,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
 # Of a phase: its tiles, this block's first one of them, and how many it has.
@@ -89,7 +57,7 @@ class Stream:
         self, block: jax.Array, blocks: int, batch: int, slots: int, scratch: Sequence[Any], interpret: bool
     ) -> None:
         self._block, self._blocks, self._batch, self._slots, self.interpret = block, blocks, batch, slots, interpret
-        self._ring, self._held, self._scales, self._sums, *barriers = scratch
+        self._ring, self._held, self._scales, self.sums, *barriers = scratch
         self._full, self._empty, self._ready, self._left, self._arrived, *self._both = barriers
 
     @staticmethod
@@ -97,10 +65,10 @@ class Stream:
         """What a block needs in shared memory; `held` is the shape of a phase's x. See `LayerShape`."""
         spans = held[1] // SPAN
         return [
-            plgpu.SMEM((slots, ROWS, SPAN), jnp.bfloat16),
+            plgpu.SMEM((slots, ROWS, SPAN if interpret else pitch(held[0])), jnp.bfloat16),
             plgpu.SMEM(held, jnp.bfloat16),
             plgpu.SMEM(held[:1], jnp.float32),
-            plgpu.SMEM((swept, WARPS, BATCH, ROWS), jnp.float32),
+            plgpu.SMEM((swept, WARPS, *([held[0]] if held[0] > 1 else []), ROWS), jnp.float32),
             *[plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32)] * 2,
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=1 + (spans if held[0] > 1 else 0)),  # Pallas has room for 32
@@ -114,12 +82,12 @@ class Stream:
             ptx.prepare(self._full, 1)
             ptx.prepare(self._arrived, WARPS)
             ptx.prepare(self._empty, WARPS)
-            layout = plgpu.Layout.WG_STRIDED((ROWS, SPAN), 8)
             for slot in range(self._slots):
-                self._ring.at[slot][...] = full(0.0, (ROWS, SPAN), layout, jnp.bfloat16)
-            if self._batch < self._held.shape[0]:
-                for span in range(self._spans):
-                    columns(self._held, span * SPAN, SPAN)[...] = full(0.0, (ROWS, SPAN), TILE, jnp.bfloat16)
+                self._weights(self._ring.at[slot])[...] = full(0.0, (ROWS, SPAN), TILE, jnp.bfloat16)
+            rows = self.height
+            if self._batch < rows:
+                for span in range(self.places):
+                    columns(self._held, span * SPAN, SPAN)[...] = full(0.0, (rows, SPAN), TILE, jnp.bfloat16)
             plgpu.commit_smem()
         plgpu.barrier_arrive(self._ready)
 
@@ -143,44 +111,25 @@ class Stream:
             shift = shift if phase.fixed else behind
         return deals
 
-    def _row(self, first: jax.Array, i: jax.Array) -> jax.Array:
-        return (first + i * self._blocks) * ROWS
+    @property
+    def apart(self) -> int:
+        """The rows from one of this block's tiles to the next."""
+        return self._blocks * ROWS
+
+    def row(self, first: jax.Array, i: jax.Array) -> jax.Array:
+        """The first row of the i-th of this block's tiles."""
+        return first * ROWS + i * self.apart
 
     def fill(self, count: jax.Array, phases: Sequence[Phase], deals: Sequence[Deal]) -> jax.Array:
         """Copy this block's tiles of some phases, in order, each as soon as there is room; the count behind them."""
         for phase, deal in zip(phases, deals, strict=True):
-            copy = self._copy_spans if self.turns(phase) > 1 else self._copy_tiles
             for tiles, first, mine in deal:
-                count = copy(count, tiles, first, mine)
+                count = Sweep(self, phase, tiles, first, mine).fill(count)
         return count
 
-    def _copy_tiles(self, count: jax.Array, tiles: Tiles, first: jax.Array, mine: jax.Array) -> jax.Array:
-        """A tile after the other."""
-
-        def tile(i: jax.Array, count: jax.Array) -> jax.Array:
-            for member in tiles.members:
-                copy = partial(self._copy, member, self._row(first, i))
-                count = lax.fori_loop(0, member.slots, copy, count)
-            return count
-
-        return lax.fori_loop(0, mine, tile, count)
-
-    def _copy_spans(self, count: jax.Array, tiles: Tiles, first: jax.Array, mine: jax.Array) -> jax.Array:
-        """A slot's inputs of all tiles after the other: see `_sweep`."""
-
-        def span(number: jax.Array, count: jax.Array) -> jax.Array:
-            def tile(i: jax.Array, count: jax.Array) -> jax.Array:
-                for member in tiles.members:
-                    count = self._copy(member, self._row(first, i), number, count)
-                return count
-
-            return lax.fori_loop(0, mine, tile, count)
-
-        return lax.fori_loop(0, tiles.members[0].slots, span, count)
-
-    def _copy(self, member: Streamed, row: jax.Array, span: jax.Array, count: jax.Array) -> jax.Array:
+    def copy(self, member: Streamed, row: jax.Array, part: jax.Array, count: jax.Array) -> jax.Array:
         """A slot of a tile."""
-        return self.put(count, partial(member.weight.fetch, row + member.row, span * SPAN, member.inputs))
+        return self.put(count, partial(member.weight.fetch, row + member.row, part * SPAN, member.inputs))
 
     def put(self, count: jax.Array, fetch: Callable[[Any, Any, jax.Array], None]) -> jax.Array:
         """Fill the next slot as soon as it is empty, by `fetch(slot, barriers, its number)`; the count behind it."""
@@ -192,6 +141,11 @@ class Stream:
 
         fetch(self._ring.at[slot], self._full, slot)
         return count + 1
+
+    @staticmethod
+    def _weights(slot: Any) -> Any:
+        """The part of a slot that holds weights."""
+        return slot.at[pl.ds(0, ROWS), pl.ds(0, SPAN)]
 
     def take(self, count: jax.Array, read: Callable[[Any], Any]) -> Any:
         """What `read(slot)` gives of the slot of this number; behind it the slot is empty."""
@@ -216,6 +170,16 @@ class Stream:
         else:
             ptx.tell(self._empty, slot)
 
+    def loop(self, start: Any, stop: Any, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+        """`lax.fori_loop`, of which ptxas makes no more code than it is: a layer's is about what its cache holds."""
+
+        def once(i: jax.Array, carry: Any) -> Any:
+            if not self.interpret:
+                ptx.instruct('.pragma "nounroll";')
+            return body(i, carry)
+
+        return lax.fori_loop(start, stop, once, carry)
+
     def together(self) -> None:
         """What any thread of the warpgroup has stored in shared memory before is seen by all behind it."""
         if not self.interpret:
@@ -231,7 +195,7 @@ class Stream:
 
     def turns(self, phase: Phase) -> int:
         """How often what is held is filled in a phase."""
-        return -(-len(phase.spans) // self._spans)
+        return -(-len(phase.spans) // self.places)
 
     def leave(self, place: Any = None) -> None:
         """Before `multiply`: what is held is not read any more, or what is at one place: `hold` may bring the next."""
@@ -257,8 +221,8 @@ class Stream:
             ptx.instruct("fence.proxy.async.global;")  # what other threads stored is read by copies in bulk
         squares = self._squares(phase.norm) if phase.norm else []
         for turn in range(self.turns(phase)):
-            spans = phase.spans[turn * self._spans :][: self._spans]
-            for place in range(self._spans):
+            spans = phase.spans[turn * self.places :][: self.places]
+            for place in range(self.places):
                 if turn:  # even if nothing comes: the barrier of a place must not end two phases at once
                     self.clear(place=place)
                 if place < len(spans):
@@ -287,7 +251,7 @@ class Stream:
             return
         for place in range(count if self._both else 0):
             self._await(place, number)
-        ptx.tell(self._arrived, self._spans)
+        ptx.tell(self._arrived, self.places)
 
     def _bring(self, x: X, part: int, place: int) -> None:
         """Start to copy a slot's inputs of x, from `part` on, to a place of what is held, and zeros behind its end."""
@@ -333,8 +297,8 @@ class Stream:
         if not self.interpret:
             return present.peek(regions, layout)
         return [
-            jnp.stack([load(part, layout.reduce((0,))) for part in region.parts])
-            if isinstance(region, present.Piece)
+            jnp.stack([load(part, layout.reduce((0,))) for part, _ in region.parts])
+            if isinstance(region, (Piece, Four))
             else load(region, layout)
             for region in regions
         ]
@@ -343,124 +307,77 @@ class Stream:
         """End what `peek` has begun."""
         return list(found) if self.interpret else present.settle(regions, found, layout)
 
-    def send(self, piece: present.Piece, values: jax.Array, layout: Any) -> None:
-        """Store the parts of a piece, of which there may be less than four."""
+    def send(self, region: Any, values: jax.Array, layout: Any) -> None:
+        """Store what warps have of a region, each its own part, if there is one."""
         if not self.interpret:
-            present.send(piece, values, layout)
+            present.send(region, values, layout)
             return
-        for i, part in enumerate(piece.parts[: piece.count - piece.first]):
-            part[...] = values[i]
 
-    def _scaled(self, found: jax.Array) -> jax.Array:
-        """The sums of a tile times the scales of their rows."""
+        def store(part: Any, value: jax.Array) -> None:
+            part[...] = value
+
+        for i, (part, real) in enumerate(region.parts):
+            pl.when(real)(partial(store, part, values[i]))
+
+    def scaled(self, found: jax.Array) -> jax.Array:
+        """The sums of four tiles times the scales of their rows."""
         if self._batch == 1:
             return found * self._scales[0]
-        layout = sums(self._batch)
-        scales = lax.broadcast_in_dim(load(self._scales, layout.reduce((1,))), found.shape, (0,))
+        layout = partial_sums(self.height)
+        scales = lax.broadcast_in_dim(load(self._scales, layout.reduce((0, 2))), found.shape, (1,))
         return found * plgpu.layout_cast(scales, layout)
 
     def multiply(self, number: jax.Array, count: jax.Array, phase: Phase, deal: Deal) -> jax.Array:
         """This block's tiles of a phase times the x that is held from the `number`-th turn on; the count behind."""
-        if self.turns(phase) > 1:
-            return self._sweep(number, count, phase, deal)
         if self.interpret:
             plgpu.barrier_wait(self._arrived)
         for tiles, first, mine in deal:
-
-            def tile(i: jax.Array, count: jax.Array, tiles: Tiles = tiles, first: Any = first) -> jax.Array:
-                row = self._row(first, i)
-                early, sums = tiles.early(row), []
-                for member in tiles.members:
-                    sums.append(self._product(count, member, i == 0, number))
-                    count = count + member.slots
-                if phase.norm:
-                    pl.when(i == 0)(partial(self._await, self._spans, number))
-                tiles.store(row, list(map(self._scaled, sums)) if phase.norm else sums, early)
-                return count
-
-            count = lax.fori_loop(0, mine, tile, count)
-        self._await(self._spans, number)  # a block without a tile has not waited
+            count = Sweep(self, phase, tiles, first, mine).multiply(number, count)
+        self.complete(number + (self.turns(phase) - 1))  # a block without a tile has not waited
         return count
 
+    def arrive(self, span: jax.Array, number: jax.Array) -> None:
+        """Wait until a span of a phase is there, whose first turn has this number."""
+        if self.interpret:  # which knows whole turns only, the first of which has been waited for
+            pl.when((span > 0) & (lax.rem(span, self.places) == 0))(lambda: plgpu.barrier_wait(self._arrived))
+        self._await(lax.rem(span, self.places), number + lax.div(span, self.places))
+
+    def complete(self, number: jax.Array) -> None:
+        """Wait until all is there of the turn of this number, and the scales."""
+        self._await(self.places, number)
+
     def _await(self, span: Any, number: jax.Array) -> None:
-        """Wait until a slot's inputs of the `number`-th turn are there, or all of them, and the scales."""
+        """Wait until a slot's inputs of the `number`-th turn are there."""
         if not self.interpret:
             ptx.wait(self._arrived, jnp.asarray(span, jnp.int32), lax.rem(number, 2))
 
     @property
-    def _spans(self) -> int:
+    def height(self) -> int:
+        """The rows of what is held."""
+        return self._held.shape[0]
+
+    @property
+    def places(self) -> int:
         """How many slots' inputs are held at most."""
         return self._held.shape[1] // SPAN
 
-    def _product(self, count: jax.Array, member: Streamed, first: jax.Array, number: jax.Array) -> jax.Array:
-        """The sums of a tile whose slots begin at `count`: (BATCH, ROWS), or (ROWS,) of one row."""
-
-        def add(part: jax.Array, sums: jax.Array) -> jax.Array:
-            pl.when(first)(lambda: self._await(member.x // SPAN + part, number))
-            return self._add(sums, count + part, member.x + part * SPAN)
-
-        return jnp.sum(lax.fori_loop(0, member.slots, add, self._nothing()), axis=0)
-
-    def _nothing(self) -> jax.Array:
+    def nothing(self) -> jax.Array:
         """The sums of each warp before the first slot."""
-        rows = self._held.shape[0]
-        return full(0.0, (WARPS, ROWS) if rows == 1 else (WARPS, BATCH, ROWS), partial_sums(rows))
+        rows = self.height
+        return full(0.0, (WARPS, ROWS) if rows == 1 else (WARPS, rows, ROWS), partial_sums(rows))
 
-    def _add(self, sums: jax.Array, count: jax.Array, place: Any) -> jax.Array:
-        """Add to them what the slot of this number gives with what is held from `place` on."""
-        rows = self._held.shape[0]
-        layouts = partial_sums(rows), TILE, inputs(rows)
-        held = columns(self._held, place, SPAN)
-        weights, x = self.take(count, lambda slot: (load(slot, TILE), load(held, layouts[2])))
+    def part(self, place: Any, count: jax.Array) -> jax.Array:
+        """A slot's inputs of x: (height, SPAN), or (SPAN,) of one row, as `add` wants them. `count` is any slot's."""
+        layout = inputs(self.height)
+        x = load(columns(self._held, place * SPAN, SPAN), layout)
+        return x if self.interpret else ptx.arrange(x, layout, lax.shift_right_logical(count, 31))
+
+    def add(self, sums: jax.Array, count: jax.Array, x: jax.Array) -> jax.Array:
+        """Add to the sums of the warps what the slot of this number gives with a part of x."""
+        layouts = partial_sums(self.height), TILE, inputs(self.height)
+        weights = self.take(count, lambda slot: load(self._weights(slot), TILE))
         if not self.interpret:
             return ptx.multiply(sums, weights, x, layouts)
         shape = (-1, SPAN // 128, 4, 32)  # the same as PTX does
         pieces = (array.astype(jnp.float32).reshape(shape) for array in (weights, x))
         return sums + jnp.einsum("nswi,bswi->wbn", *pieces).reshape(sums.shape)
-
-    def _sweep(self, number: jax.Array, count: jax.Array, phase: Phase, deal: Deal) -> jax.Array:
-        """The same where x is wider than what is held: a slot's inputs of all tiles, then the next ones."""
-        ((tiles, first, mine),) = deal
-        members, last = range(len(tiles.members)), len(phase.spans) - 1
-
-        def held(i: jax.Array, member: int) -> Any:
-            return self._sums.at[i * len(members) + member]
-
-        def added(i: jax.Array, member: int, count: jax.Array, span: Any) -> jax.Array:
-            before = load(held(i, member), partial_sums(self._batch))
-            return self._add(before, count + member, lax.rem(span, self._spans) * SPAN)
-
-        def arrive(span: jax.Array) -> None:
-            if self.interpret:
-                pl.when(lax.rem(span, self._spans) == 0)(lambda: plgpu.barrier_wait(self._arrived))
-            self._await(lax.rem(span, self._spans), number + lax.div(span, self._spans))
-
-        def begin(i: jax.Array, _: None) -> None:
-            for member in members:
-                held(i, member)[...] = self._nothing()
-
-        def sweep(span: jax.Array, count: jax.Array) -> jax.Array:
-            arrive(span)
-
-            def tile(i: jax.Array, count: jax.Array) -> jax.Array:
-                for member in members:
-                    held(i, member)[...] = added(i, member, count, span)
-                return count + len(members)
-
-            count = lax.fori_loop(0, mine, tile, count)
-            again = span < (self.turns(phase) - 1) * self._spans
-            pl.when(again)(lambda: self.leave(lax.rem(span, self._spans)))
-            return count
-
-        def end(i: jax.Array, count: jax.Array) -> jax.Array:
-            row = self._row(first, i)
-            early = tiles.early(row)
-            sums = [jnp.sum(added(i, member, count, jnp.int32(last)), axis=0) for member in members]
-            tiles.store(row, list(map(self._scaled, sums)) if phase.norm else sums, early)
-            return count + len(members)
-
-        lax.fori_loop(0, mine, begin, None)
-        count = lax.fori_loop(0, last, sweep, count)
-        arrive(jnp.int32(last))
-        self._await(self._spans, number + (self.turns(phase) - 1))
-        return lax.fori_loop(0, mine, end, count)
