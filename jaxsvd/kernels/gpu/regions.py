@@ -38,7 +38,11 @@ class Piece:
     first: int
     at: int
     width: int
-    numbers: tuple[()] = ()
+
+    @property
+    def numbers(self) -> tuple[()]:
+        """What `place` is given besides."""
+        return ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,7 +100,7 @@ class Four:
 
     @property
     def numbers(self) -> tuple[jax.Array]:
-        """What `place` is given."""
+        """What `place` is given besides."""
         return (self.count,)
 
     @property
