@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxsvd.kernels.gpu.shape import ROWS
+from jaxsvd.kernels.gpu.shape import ROWS, WARPS
 
 # How four warps hold a tile: of every 128 inputs 32 each, 16 bytes to a thread, as mma wants its B.
 TILE = plgpu.Layout.TILED(
@@ -24,8 +24,13 @@ def inputs(height: int) -> Any:
 
 
 def partial_sums(height: int) -> Any:
-    """How they hold the sums of each of them: (4, height, ROWS), or (4, ROWS) of one row."""
+    """How they hold the sums of each of them: see `sums_shape`."""
     return PARTIAL if height > 1 else PARTIAL.reduce((1,))
+
+
+def sums_shape(height: int) -> tuple[int, ...]:
+    """(4, height, ROWS), or (4, ROWS) of one row."""
+    return (WARPS, height, ROWS) if height > 1 else (WARPS, ROWS)
 
 
 def strided(vector: int) -> Any:

@@ -19,7 +19,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxsvd.kernels.gpu import ptx
-from jaxsvd.kernels.gpu.regions import Four, Piece, offset
+from jaxsvd.kernels.gpu.regions import Parts, offset
 
 
 def nothing(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -140,7 +140,7 @@ def send(region: Any, values: jax.Array, layout: Any) -> None:
 
 def _given(regions: Sequence[Any]) -> list[Any]:
     """What the code for regions is given: of each the reference, and its numbers."""
-    each = ((region.ref, *region.numbers) if isinstance(region, (Piece, Four)) else (region,) for region in regions)
+    each = ((region.ref, *region.numbers) if isinstance(region, Parts) else (region,) for region in regions)
     return [one for given in each for one in given]
 
 
@@ -171,7 +171,7 @@ def _places(region: Any, layout: Any, given: Sequence[Any]) -> list[tuple[Any, A
     ref, numbers = given[0], [number.registers.item() for number in given[1:]]
     chosen, always = layout.to_mgpu(), arith.constant(ir.IntegerType.get_signless(1), 1)
     register = ir.VectorType.get((chosen.vector_length,), ir.MemRefType(ref.type).element_type)
-    place = region.place if isinstance(region, (Piece, Four)) else lambda ref, index: (offset(ref, index), always)
+    place = region.place if isinstance(region, Parts) else lambda ref, index: (offset(ref, index), always)
     found = (place(ref, index, *numbers) for index in chosen.thread_idxs(tuple(region.shape)))
     return [(ptx.pointer(ref, at), register, real) for at, real in found]
 

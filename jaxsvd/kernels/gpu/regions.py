@@ -1,9 +1,6 @@
-"""What the four warps of a warpgroup have of a buffer in global memory, each a part of its own.
+"""What the four warps of a warpgroup have of a buffer in global memory, each a part of its own."""
 
-`place(ref, index, *numbers)` gives, in Mosaic's MLIR, how many elements behind the beginning of `ref` an element of the
-array is that the warps hold together, and whether there is anything; `parts` are the same as references.
-"""
-
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,27 +24,10 @@ def offset(ref: Any, index: Sequence[Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Elements [at, at + width) of each of four parts of a vector, from part `first` on, there being `count` of them.
-
-    This is (4, width). A warp without one reads the last of them, and stores nothing. `ref` is the vector.
-    """
+class Parts(ABC):
+    """What `ref` has of each of the four warps."""
 
     ref: Any
-    count: int
-    first: int
-    at: int
-    width: int
-
-    @property
-    def numbers(self) -> tuple[()]:
-        """What `place` is given besides."""
-        return ()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """As an array."""
-        return WARPS, self.width
 
     @property
     def dtype(self) -> Any:
@@ -55,8 +35,45 @@ class Piece:
         return self.ref.dtype
 
     @property
+    def numbers(self) -> tuple[jax.Array, ...]:
+        """What `place` is given besides."""
+        return ()
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """As an array."""
+
+    @property
+    @abstractmethod
     def parts(self) -> list[tuple[Any, Any]]:
-        """The elements of each of the four, as references, and whether there is such a part."""
+        """Those of the four warps, as references, and whether each is real."""
+
+    @abstractmethod
+    def place(self, ref: Any, index: Sequence[Any], *numbers: Any) -> tuple[Any, Any]:
+        """In Mosaic's MLIR, how many elements behind the beginning of `ref` an element is, and whether it is real."""
+
+
+@dataclass(frozen=True)
+class Piece(Parts):
+    """Elements [at, at + width) of each of four parts of a vector, from part `first` on, there being `count` of them.
+
+    This is (4, width). A warp without one reads the last of them, and stores nothing. `ref` is the vector.
+    """
+
+    count: int
+    first: int
+    at: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As an array."""
+        return WARPS, self.width
+
+    @property
+    def parts(self) -> list[tuple[Any, Any]]:
+        """See `Parts`."""
         size, each = self.ref.shape[0] // self.count, range(self.first, self.first + WARPS)
         numbers = [min(i, self.count - 1) for i in each]
         return [
@@ -64,8 +81,8 @@ class Piece:
             for i, n in zip(each, numbers, strict=True)
         ]
 
-    def place(self, ref: Any, index: Sequence[Any]) -> tuple[Any, Any]:
-        """See the module's docstring."""
+    def place(self, ref: Any, index: Sequence[Any], *numbers: Any) -> tuple[Any, Any]:
+        """See `Parts`."""
         i32 = ir.IntegerType.get_signless(32)
         size = self.ref.shape[0] // self.count
         part, column = (arith.index_cast(i32, number) for number in index)
@@ -77,14 +94,13 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Four:
+class Four(Parts):
     """`view(i)` for i = 0…3, each `apart` elements behind the one before, of which `count` () are real: (4, …).
 
     A warp without one reads the last of them, and stores nothing. `ref` is the first.
     """
 
     view: Callable[[Any], Any]
-    ref: Any
     apart: int
     count: jax.Array
 
@@ -94,22 +110,18 @@ class Four:
         return WARPS, *self.ref.shape
 
     @property
-    def dtype(self) -> Any:
-        """As an array."""
-        return self.ref.dtype
-
-    @property
     def numbers(self) -> tuple[jax.Array]:
         """What `place` is given besides."""
         return (self.count,)
 
     @property
     def parts(self) -> list[tuple[Any, Any]]:
-        """The four, as references, and whether they are real."""
+        """See `Parts`."""
         return [(self.view(jnp.minimum(i, jnp.maximum(self.count - 1, 0))), i < self.count) for i in range(WARPS)]
 
-    def place(self, ref: Any, index: Sequence[Any], count: Any) -> tuple[Any, Any]:
-        """See the module's docstring."""
+    def place(self, ref: Any, index: Sequence[Any], *numbers: Any) -> tuple[Any, Any]:
+        """See `Parts`."""
+        (count,) = numbers
         i32 = ir.IntegerType.get_signless(32)
         first, *others = index
         first = arith.index_cast(i32, first)
@@ -134,4 +146,4 @@ class Rows:
     def first_of(self, view: Callable[[Any], Any], count: Any, rows: int = 1) -> Four:
         """The same, only `count` () of them."""
         count = jnp.asarray(count, jnp.int32)
-        return Four(lambda i: view(self.first + i * self.apart), view(self.first), self.apart // rows, count)
+        return Four(view(self.first), lambda i: view(self.first + i * self.apart), self.apart // rows, count)

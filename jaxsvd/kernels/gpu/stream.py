@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import present, ptx
-from jaxsvd.kernels.gpu.layouts import APIECE, TILE, full, inputs, partial_sums, strided
+from jaxsvd.kernels.gpu.layouts import APIECE, TILE, full, inputs, partial_sums, strided, sums_shape
 from jaxsvd.kernels.gpu.perlayer import load
 from jaxsvd.kernels.gpu.phases import Norm, Phase, Streamed, Tiles, X
-from jaxsvd.kernels.gpu.regions import Four, Piece
+from jaxsvd.kernels.gpu.regions import Parts
 from jaxsvd.kernels.gpu.shape import ROWS, SPAN, WARPS, loose, pitch, whole
 from jaxsvd.kernels.gpu.sweep import Sweep
 
@@ -68,7 +68,7 @@ class Stream:
             plgpu.SMEM((slots, ROWS, SPAN if interpret else pitch(held[0])), jnp.bfloat16),
             plgpu.SMEM(held, jnp.bfloat16),
             plgpu.SMEM(held[:1], jnp.float32),
-            plgpu.SMEM((swept, WARPS, *([held[0]] if held[0] > 1 else []), ROWS), jnp.float32),
+            plgpu.SMEM((swept, *sums_shape(held[0])), jnp.float32),
             *[plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32)] * 2,
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=1 + (spans if held[0] > 1 else 0)),  # Pallas has room for 32
@@ -298,7 +298,7 @@ class Stream:
             return present.peek(regions, layout)
         return [
             jnp.stack([load(part, layout.reduce((0,))) for part, _ in region.parts])
-            if isinstance(region, (Piece, Four))
+            if isinstance(region, Parts)
             else load(region, layout)
             for region in regions
         ]
@@ -363,8 +363,7 @@ class Stream:
 
     def nothing(self) -> jax.Array:
         """The sums of each warp before the first slot."""
-        rows = self.height
-        return full(0.0, (WARPS, ROWS) if rows == 1 else (WARPS, rows, ROWS), partial_sums(rows))
+        return full(0.0, sums_shape(self.height), partial_sums(self.height))
 
     def part(self, place: Any, count: jax.Array) -> jax.Array:
         """A slot's inputs of x: (height, SPAN), or (SPAN,) of one row, as `add` wants them. `count` is any slot's."""

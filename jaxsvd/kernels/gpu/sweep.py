@@ -108,7 +108,7 @@ class Sweep:
         stream.together()  # all warps have read the sums of the tiles before
         count = (self._by_spans if self._spanwise else self._by_tiles)(number, start, size, count)
         if self.phase.norm:
-            self._once(start, lambda: stream.complete(number + (self._turns - 1)))  # the scales
+            pl.when(start == 0)(lambda: stream.complete(number + (self._turns - 1)))  # the scales
         stream.together()
         if self._turns > 1:
             stream.loop(0, fours(size), end, early)
@@ -144,7 +144,7 @@ class Sweep:
 
         def sweep(spans: range, readers: list[int], span: jax.Array, count: jax.Array) -> jax.Array:
             place = lax.rem(span, stream.places)
-            self._once(start, lambda: stream.arrive(span, number))
+            pl.when(start == 0)(lambda: stream.arrive(span, number))  # it is there for all tiles then
             x = stream.part(place, count)
             if again:
                 pl.when(span < again)(lambda: stream.leave(place))
@@ -163,10 +163,6 @@ class Sweep:
         for spans, readers in self.phase.sweeps(self.tiles):
             count = stream.loop(spans.start, spans.stop, partial(sweep, spans, readers), count)
         return count
-
-    def _once(self, start: Any, wait: Callable[[], None]) -> None:
-        """Wait for something before the first tiles, as it is there for all others then."""
-        pl.when(start == 0)(wait)
 
     def _row(self, i: jax.Array) -> jax.Array:
         """The first row of a tile."""
