@@ -10,7 +10,8 @@ from jaxsvd.kernels.gpu import JAX, obstacle
 from jaxsvd.kernels.gpu.shape import SPAN
 
 WIDE = 2 * SPAN
-WIDTHS = (WIDE, jnp.bfloat16), (WIDE, jnp.bfloat16), (512, jnp.float32)
+ROWS = 6  # of several
+SHAPES = ((1, WIDE), jnp.bfloat16), ((1, WIDE), jnp.bfloat16), ((1, 512), jnp.float32), ((ROWS, SPAN), jnp.bfloat16)
 runs = obstacle(jax.local_devices()[0]) is None
 kernel = pytest.mark.skipif(jax.__version_info__ < JAX, reason="the kernel is written for jax 0.11")
 
@@ -20,20 +21,23 @@ def test_what_is_late_is_waited_for(rng):
     halves = jnp.asarray(rng.standard_normal((2, WIDE)), jnp.bfloat16)
     halves = halves.at[:, 3].set(jnp.nan)  # which is there, too
     singles = jnp.asarray(rng.standard_normal((1, 512)), jnp.float32)
-    received = jax.jit(exchange())(halves, singles)
-    brought, read, number, cleared, kept = (np.asarray(array, np.float32) for array in received)
+    several = jnp.asarray(rng.standard_normal((ROWS, WIDE)), jnp.bfloat16)
+    received = jax.jit(exchange())(halves, singles, several)
+    brought, read, number, rows, cleared, kept = (np.asarray(array, np.float32) for array in received)
     np.testing.assert_array_equal(brought[0], np.asarray(halves, np.float32)[0])
     np.testing.assert_array_equal(read[0], np.asarray(halves, np.float32)[1])
     np.testing.assert_array_equal(number, np.asarray(singles))
-    bits = np.asarray(received[3]).view(np.int16)
+    np.testing.assert_array_equal(rows, np.asarray(several, np.float32)[:, SPAN:])
+    bits = np.asarray(received[4]).view(np.int16)
     assert (bits[:, 16:528] == -1).all() and not np.isnan(np.delete(cleared, np.r_[3, 16:528], axis=1)).any()
-    bits = np.asarray(received[4]).view(np.int32)
+    bits = np.asarray(received[5]).view(np.int32)
     assert (bits[:, 4:11] == -1).all() and not np.isnan(np.delete(kept, np.s_[4:11], axis=1)).any()
 
 
 @kernel
 def test_it_is_lowered_for_a_gpu_anywhere():
-    shapes = (jax.ShapeDtypeStruct((2, WIDE), jnp.bfloat16), jax.ShapeDtypeStruct((1, 512), jnp.float32))
+    given = ((2, WIDE), jnp.bfloat16), ((1, 512), jnp.float32), ((ROWS, WIDE), jnp.bfloat16)
+    shapes = (jax.ShapeDtypeStruct(*one) for one in given)
     jax.jit(exchange()).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
@@ -48,12 +52,13 @@ def exchange():
 
     layouts = strided(8), strided(4)
 
-    def body(halves, singles, sent, numbers, brought, read, number, held, barrier):
+    def body(halves, singles, several, sent, numbers, many, brought, read, number, rows, held, some, barrier):
         block = lax.axis_index("block")
 
         @pl.when(block == 0)
         def send():
-            for ref, row, layout, source in ((sent, 0, 0, halves), (sent, 1, 0, halves), (numbers, 0, 1, singles)):
+            one = ((sent, 0, 0, halves), (sent, 1, 0, halves), (numbers, 0, 1, singles))
+            for ref, row, layout, source in (*one, *((many, row, 0, several) for row in (1, 0, 5, 3, 4, 2))):
                 ptx.instruct("nanosleep.u32 300000;")
                 ref.at[row][...] = load(source.at[row], layouts[layout])
 
@@ -63,10 +68,18 @@ def exchange():
             for part in (0, SPAN):
                 ptx.bring(sent, jnp.int32(part), jnp.int32(SPAN), held, part)
                 ptx.cut()
+            for row in range(some.shape[0]):  # the last ones are of no token
+                source = many.at[row, pl.ds(SPAN, SPAN)] if row < ROWS else several.at[0, pl.ds(0, SPAN)]
+                found = load(source, layouts[0])
+                some.at[row, pl.ds(SPAN, SPAN)][...] = found if row < ROWS else jnp.zeros_like(found)
             for behind, part in ((1, 0), (0, SPAN)):
-                present.ensure(sent, jnp.int32(part), held, part, behind)
+                ptx.instruct(f"cp.async.wait_group {behind};")
+                present.ensure(sent, jnp.int32(part), held, part, 1)
+            present.ensure(many, jnp.int32(SPAN), some, SPAN, ROWS)
             plgpu.barrier_arrive(barrier)
             plgpu.barrier_wait(barrier)
+            for row in range(ROWS):
+                rows.at[row][...] = load(some.at[row, pl.ds(SPAN, SPAN)], layouts[0])
             brought.at[0][...] = load(held.at[0], layouts[0])
             regions, targets = (sent.at[1], numbers.at[0]), (read, number)
             for ref, target, found, layout in zip(regions, targets, peeked, layouts, strict=True):
@@ -77,8 +90,8 @@ def exchange():
 
     run = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((1, width), dtype) for width, dtype in WIDTHS],
-        scratch_types=[plgpu.SMEM((1, WIDE), jnp.bfloat16), plgpu.Barrier()],
+        out_type=[jax.ShapeDtypeStruct(*one) for one in SHAPES],
+        scratch_types=[plgpu.SMEM((1, WIDE), jnp.bfloat16), plgpu.SMEM((8, WIDE), jnp.bfloat16), plgpu.Barrier()],
         grid=(2,),
         grid_names=("block",),
         num_threads=1,
@@ -88,11 +101,11 @@ def exchange():
         ),
     )
 
-    def call(halves, singles):
-        sent, numbers = (
+    def call(*given):
+        sent, numbers, many = (
             jax.new_ref(lax.bitcast_convert_type(present.nothing(array.shape, array.dtype), array.dtype))
-            for array in (halves, singles)
+            for array in given
         )
-        return *run(halves, singles, sent, numbers), sent[...], numbers[...]
+        return *run(*given, sent, numbers, many), sent[...], numbers[...]
 
     return call

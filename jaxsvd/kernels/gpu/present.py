@@ -59,35 +59,41 @@ def clear(ref: Any, start: Any, size: int, block: jax.Array, blocks: int) -> Non
     ptx.inline((plgpu.RefType(), ptx.NUMBER, ptx.NUMBER), run, ref, *numbers)
 
 
-def ensure(source: Any, start: Any, target: Any, place: int, behind: int) -> None:
-    """Wait for what this thread has begun to copy of a row by `ptx.bring`, and copy it again while it was not there.
+def ensure(source: Any, start: Any, target: Any, place: int, rows: int) -> None:
+    """Look whether what was copied of some rows is there, eight elements of each to a thread, and copy it until it is.
 
-    It went from element `start` there to `place` here; `behind` it others followed, each `ptx.cut` from the next.
+    They went from element `start` of each row there to `place` here. All rows are read at once: they are late together.
     """
+    words = [[f"w{row}{word}" for word in range(4)] for row in range(rows)]
+    look = " ".join(f"max.u16x2 a, a, {word};" for row in words for word in row)
+
+    def each(code: str, pitch: int) -> str:
+        """An instruction for every row, which are so many bytes apart."""
+        return " ".join(code.format(offset=i * pitch, words=", ".join(row)) for i, row in enumerate(words))
 
     def run(_: Any, source: Any, target: Any, start: Any) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        mine = arith.muli(ptx.thread(), arith.constant(i32, 8))
-        given = [
-            ptx.shared(ptx.pointer(target, arith.addi(mine, arith.constant(i32, place)))),
-            ptx.pointer(source, arith.addi(mine, start.registers.item())),
-        ]
+        mine = arith.muli(ptx.thread(), arith.constant(ir.IntegerType.get_signless(32), 8))
+        at = arith.addi(mine, arith.constant(mine.type, place))
+        here, there = (2 * ir.MemRefType(ref.type).get_strides_and_offset()[0][0] for ref in (target, source))
         code = f"""{{
         .reg .pred gone;
-        .reg .b32 a, b, c, d;
-        cp.async.wait_group {behind};
-        look:
-        ld.shared.v4.b32 {{a, b, c, d}}, [$0];
-        max.u16x2 a, a, b;
-        max.u16x2 c, c, d;
-        max.u16x2 a, a, c;
+        .reg .b32 a, b, {", ".join(word for row in words for word in row)};
+        {each("ld.shared.v4.b32 {{{words}}}, [$0 + {offset}];", here)}
+        mov.b32 a, 0;
+        {look}
         {_gone("a")}
         @!gone bra over;
-        cp.async.cg.shared.global [$0], [$1], 16;
-        cp.async.wait_all;
-        bra look;
+        again:
+        {each("ld.relaxed.gpu.global.v4.b32 {{{words}}}, [$1 + {offset}];", there)}
+        mov.b32 a, 0;
+        {look}
+        {_gone("a")}
+        @gone bra again;
+        {each("st.shared.v4.b32 [$0 + {offset}], {{{words}}};", here)}
+        fence.proxy.async.shared::cta;
         over:
         }}"""
+        given = ptx.shared(ptx.pointer(target, at)), ptx.pointer(source, arith.addi(mine, start.registers.item()))
         ptx.perform(code, "r,l", *given)
 
     types = plgpu.RefType(), plgpu.RefType(), ptx.NUMBER

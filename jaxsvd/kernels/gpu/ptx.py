@@ -355,12 +355,12 @@ def bring(source: Any, start: Any, left: Any, target: Any, place: int) -> None:
 
 
 def share(
-    source: Any, start: Any, left: Any, target: Any, place: int, rows: int, barriers: Any, own: jax.Array
+    source: Any, start: Any, left: Any, target: Any, place: int, rows: int, barriers: Any, number: int, own: jax.Array
 ) -> None:
     """Start to copy the same elements of some rows to a pair of blocks, of which this one, 0 or 1, is its `own`.
 
     SPAN elements of each row go from `start` of `source` to `place` of `target`, the even rows by one block and the odd
-    ones by the other, but only the first `left`; zeros follow them. The barrier of the place, of either block, waits
+    ones by the other, but only the first `left`; zeros follow them. The barrier of this number, of either block, waits
     for all the bytes.
     """
 
@@ -376,7 +376,7 @@ def share(
             return pointer(ref, arith.addi(arith.muli(row, constant(pitch)), column))
 
         size = arith.muli(arith.minsi(arith.maxsi(left, constant(0)), constant(SPAN)), constant(2))
-        barrier = shared(_barrier(barriers, constant(place // SPAN)).get_ptr())
+        barrier = shared(_barrier(barriers, constant(number)).get_ptr())
         mine = arith.muli(thread(), constant(8))
         with utils.when(arith.cmpi(arith.CmpIPredicate.sge, mine, left)):
             for row in range(rows):

@@ -59,11 +59,6 @@ def pitch(batch: int) -> int:
     return SPAN + (APART if batch == 1 else 0)
 
 
-def loose(batch: int) -> bool:
-    """Whether blocks meet without waiting for what they have stored: of many rows too much would come too late."""
-    return batch == 1
-
-
 @dataclass(frozen=True)
 class Group:
     """Matrices that read the same x, as a kernel sees them: outputs, and padded ranks.
@@ -215,7 +210,7 @@ def ring(shape: LayerShape, layers: int, batch: int, blocks: int) -> int:
     tables = 8 * layers * sum(shape.matrices), 8 * layers * 2
     queries, *warps = map(math.prod, shape.sides)
     sides = 2 * queries, *(4 * size for size in warps)
-    barriers = 8 * SLOTS, 8 * SLOTS, 8 * (width // SPAN + 1)
+    barriers = 8 * SLOTS, 8 * SLOTS, 8 * (2 * (width // SPAN) + 1)
     sums = 4 * WARPS * rows * ROWS * shape.swept(batch, blocks)
     sizes = 2 * rows * width, 4 * rows, *barriers, *tables, *sides, sums
     taken = ALIGNED + sum(whole(size, ALIGNED) for size in sizes)  # Pallas has barriers of its own

@@ -20,9 +20,10 @@ from jaxsvd.kernels.gpu.layouts import APIECE, TILE, full, inputs, partial_sums,
 from jaxsvd.kernels.gpu.perlayer import load
 from jaxsvd.kernels.gpu.phases import Norm, Phase, Streamed, Tiles, X
 from jaxsvd.kernels.gpu.regions import Parts
-from jaxsvd.kernels.gpu.shape import ROWS, SPAN, WARPS, loose, pitch, whole
+from jaxsvd.kernels.gpu.shape import ROWS, SPAN, WARPS, pitch, whole
 from jaxsvd.kernels.gpu.sweep import Sweep
 
+LOOSE = 1, 8  # heights of x of which each number need not be there when blocks have met, as its reader looks
 PAIR = "pair"  # the axis of the blocks that share what is brought of several rows
 
 
@@ -72,7 +73,7 @@ class Stream:
             *[plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32)] * 2,
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=1 + (spans if held[0] > 1 else 0)),  # Pallas has room for 32
-            plgpu.Barrier() if interpret else plgpu.SMEM((spans + 1, 2), jnp.int32),
+            plgpu.Barrier() if interpret else plgpu.SMEM((2 * spans + 1, 2), jnp.int32),
             *([plgpu.ClusterBarrier(collective_axes=(PAIR,))] if held[0] > 1 and not interpret else []),
         ]
 
@@ -220,45 +221,68 @@ class Stream:
         if self._both:
             ptx.instruct("fence.proxy.async.global;")  # what other threads stored is read by copies in bulk
         squares = self._squares(phase.norm) if phase.norm else []
+        loose = self.loose(phase)
         for turn in range(self.turns(phase)):
             spans = phase.spans[turn * self.places :][: self.places]
             for place in range(self.places):
                 if turn:  # even if nothing comes: the barrier of a place must not end two phases at once
                     self.clear(place=place)
-                if place < len(spans):
-                    self._bring(*spans[place], place)
-                elif not self.interpret:
-                    ptx.tell(self._arrived, place)
-            if turn == 0:
-                peeked = self.peek(squares, self._apiece)  # they come while x does
-                self._ensure(spans)
-                if phase.norm:
-                    self._scale(phase.norm, self.settle(squares, peeked, self._apiece))
-            self._tell(len(spans), number + turn)
+                coming = place < len(spans)
+                if coming:
+                    self._bring(*spans[place], place, loose)
+                self._tell(place, coming and loose)
+            peeked = self.peek(squares, self._apiece) if turn == 0 else []  # they come while x does
+            for place, span in enumerate(spans):
+                self._ensure(*span, place, number + turn, loose, len(spans) - 1 - place)
+            if turn == 0 and phase.norm:
+                self._scale(phase.norm, self.settle(squares, peeked, self._apiece))
+            if self.interpret:
+                plgpu.barrier_arrive(self._arrived)
+            else:
+                ptx.tell(self._arrived, self.places)
 
-    def _ensure(self, spans: Sequence[tuple[X, int]]) -> None:
-        """Wait for what blocks have sent, which need not be there when they have met."""
-        if not loose(self._batch) or self.interpret:
-            return
-        for place, (x, start) in enumerate(spans):
-            present.ensure(x.ref, x.start + start, self._held, place * SPAN, len(spans) - 1 - place)
-            ptx.tell(self._arrived, place)
-
-    def _tell(self, count: int, number: jax.Array) -> None:
-        """Tell that all is there of the `number`-th turn, which has so many slots' inputs."""
+    def _ensure(self, x: X, part: int, place: int, number: jax.Array, loose: bool, behind: int) -> None:
+        """Wait for what was begun by `_bring`, `behind` which others were, in the `number`-th turn."""
         if self.interpret:
-            plgpu.barrier_arrive(self._arrived)
             return
-        for place in range(count if self._both else 0):
+        if not loose:
             self._await(place, number)
-        ptx.tell(self._arrived, self.places)
+            return
+        if self._both:
+            self._await(self._landed(place), number)
+        else:
+            ptx.instruct(f"cp.async.wait_group {behind};")
+        present.ensure(x.ref, x.start + part, self._held, place * SPAN, self._batch)
+        ptx.tell(self._arrived, place)
 
-    def _bring(self, x: X, part: int, place: int) -> None:
-        """Start to copy a slot's inputs of x, from `part` on, to a place of what is held, and zeros behind its end."""
+    def loose(self, phase: Phase) -> bool:
+        """Whether blocks meet before a phase without waiting for what they have stored: see `present`.
+
+        Of sixteen rows, and of what is so wide that it comes in turns, too much would come too late.
+        """
+        return self.turns(phase) == 1 and self.height in LOOSE
+
+    def _landed(self, place: int) -> int:
+        """The barrier of copies in bulk to a place that are to be looked at before the place's own says they are there.
+
+        Both end a phase with each turn.
+        """
+        return self.places + 1 + place
+
+    def _tell(self, place: int, looked: bool) -> None:
+        """Tell that all was begun that comes to a place in a turn, if anything, unless it is to be `looked` at."""
+        for barrier in () if self.interpret else [place] * (not looked) + [self._landed(place)] * len(self._both):
+            ptx.tell(self._arrived, barrier)
+
+    def _bring(self, x: X, part: int, place: int, loose: bool) -> None:
+        """Start to copy a slot's inputs of x, from `part` on, to a place of what is held, and zeros behind its end.
+
+        If blocks met loosely they are to be looked at: see `_ensure`.
+        """
         start, left, at = x.start + part, x.width - part, place * SPAN
         if self._both:
-            ptx.share(x.ref, start, left, self._held, at, self._batch, self._arrived, lax.axis_index(PAIR))
-            ptx.tell(self._arrived, place)
+            barrier = self._landed(place) if loose else place
+            ptx.share(x.ref, start, left, self._held, at, self._batch, self._arrived, barrier, lax.axis_index(PAIR))
             return
         if not self.interpret:
             ptx.bring(x.ref, start, left, self._held, at)
