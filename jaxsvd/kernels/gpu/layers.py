@@ -4,9 +4,9 @@ For a few rows a step is a chain of matrix-vector products, and its floor is the
 chain of kernels from that floor is not bandwidth but the gaps: a launch, a first load, a ragged tail, some twenty times
 a layer. Here the blocks stay, one on each multiprocessor. While one warpgroup streams the block's share of all weights
 (`jaxsvd.kernels.gpu.stream`), another multiplies it with what a third brings; between two products that depend on each
-other all blocks meet at a counter in global memory, and meanwhile the ring fills. Of one row they wait there but once a
-layer for what they send each other to arrive, as its reader sees whether it has (`jaxsvd.kernels.gpu.present`); of
-several, pairs of blocks share what they bring.
+other all blocks meet at a counter in global memory, and meanwhile the ring fills. Of up to eight rows they wait there
+but once or twice a layer for what they send each other to arrive, as its reader sees whether it has
+(`jaxsvd.kernels.gpu.present`). Of several, pairs of blocks share what they bring.
 
 Sums, norms, RoPE and the residual stream are float32; what one product gives to the next is bfloat16, in attention too.
 """

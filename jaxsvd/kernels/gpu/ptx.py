@@ -420,7 +420,7 @@ def tell(barriers: Any, number: Any) -> None:
 
 
 def cut() -> None:
-    """Tell what was begun by `bring` since the last time from what follows: see `present.ensure`."""
+    """Tell what was begun by `bring` since the last time from what follows, so that it can be waited for alone."""
     instruct("cp.async.commit_group;")
 
 
