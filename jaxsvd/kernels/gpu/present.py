@@ -65,7 +65,8 @@ def ensure(source: Any, start: Any, target: Any, place: int, rows: int) -> None:
     They went from element `start` of each row there to `place` here. All rows are read at once: they are late together.
     """
     words = [[f"w{row}{word}" for word in range(4)] for row in range(rows)]
-    look = " ".join(f"max.u16x2 a, a, {word};" for row in words for word in row)
+    most = " ".join(f"max.u16x2 a, a, {word};" for row in words for word in row)
+    look = f"mov.b32 a, 0; {most} {_gone('a')}"
 
     def each(code: str, pitch: int) -> str:
         """An instruction for every row, which are so many bytes apart."""
@@ -79,15 +80,11 @@ def ensure(source: Any, start: Any, target: Any, place: int, rows: int) -> None:
         .reg .pred gone;
         .reg .b32 a, b, {", ".join(word for row in words for word in row)};
         {each("ld.shared.v4.b32 {{{words}}}, [$0 + {offset}];", here)}
-        mov.b32 a, 0;
         {look}
-        {_gone("a")}
         @!gone bra over;
         again:
         {each("ld.relaxed.gpu.global.v4.b32 {{{words}}}, [$1 + {offset}];", there)}
-        mov.b32 a, 0;
         {look}
-        {_gone("a")}
         @gone bra again;
         {each("st.shared.v4.b32 [$0 + {offset}], {{{words}}};", here)}
         fence.proxy.async.shared::cta;

@@ -255,8 +255,11 @@ class Stream:
         ptx.tell(self._arrived, place)
 
     def _landed(self, place: int) -> int:
-        """The barrier that copies in bulk to a place arrive at: the place's own says that it can be read."""
-        return place + (self.places + 1 if loose(self._batch) else 0)
+        """The barrier that what is copied to a place arrives at.
+
+        Where copies in bulk are to be looked at, it is another than the place's own, which says that it can be read.
+        """
+        return place + (self.places + 1 if self._both and loose(self._batch) else 0)
 
     def _bring(self, spans: Sequence[tuple[X, int]], place: int) -> None:
         """Start to copy a slot's inputs of x to a place of what is held, if any are for it, and zeros behind their end.
