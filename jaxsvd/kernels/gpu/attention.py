@@ -51,10 +51,11 @@ class Attention:
     block: jax.Array
     blocks: int
     batch: int
+    first: int  # which row in the caches is the first of these
     positions: Any  # of the new tokens, (batch,)
     angles: Sequence[Any]  # cosines and sines, float32 (batch, head_dim/2)
     norms: Sequence[Any]  # of the heads of q and k, (layers, head_dim), or none
-    caches: Sequence[PerLayer]  # keys and values, (batch·kv_heads, capacity, head_dim)
+    caches: Sequence[PerLayer]  # keys and values, (rows·kv_heads, capacity, head_dim)
     vectors: Any
     heads: Sequence[int]
     mixed: int
@@ -130,7 +131,7 @@ class Attention:
         """The new token to the cache of a head of keys, one of all rows'."""
         for cache, halves in zip(self.caches, (key, value), strict=True):
             for at, half in zip((0, self.half), halves, strict=True):
-                place = kv_head, position, pl.ds(at, self.half)
+                place = self.cached(kv_head), position, pl.ds(at, self.half)
                 cache.store(place, half.astype(jnp.bfloat16), self.halves)
 
     @property
@@ -142,6 +143,10 @@ class Attention:
     def kv_heads(self) -> int:
         """The heads of keys of all rows."""
         return self.batch * self.shape.kv_heads
+
+    def cached(self, kv_head: jax.Array) -> jax.Array:
+        """Where it is in the caches."""
+        return self.first * self.shape.kv_heads + kv_head
 
     @property
     def splits(self) -> int:
@@ -175,7 +180,7 @@ class Attention:
 
             def tile(i: jax.Array, count: jax.Array) -> jax.Array:
                 # The new token may be among them or not: it is not looked at there.
-                start = (kv_head * capacity + begin + i * TOKENS) * width
+                start = (self.cached(kv_head) * capacity + begin + i * TOKENS) * width
                 return stream.put(count, partial(keys.fetch_with, values, start, TOKENS * width))
 
             return lax.fori_loop(0, self.tiles(begin, end), tile, count)
@@ -189,7 +194,7 @@ class Attention:
         layouts = flash.KEYS, flash.values(self.shape.head_dim)
         size = TOKENS, self.shape.head_dim
         if stream.interpret:
-            region = kv_head, pl.ds(start, TOKENS), pl.ds(0, self.shape.head_dim)
+            region = self.cached(kv_head), pl.ds(start, TOKENS), pl.ds(0, self.shape.head_dim)
             return [cache.load(region, layout) for cache, layout in zip(self.caches, layouts, strict=True)], count
 
         def read(slot: Any) -> list[jax.Array]:
