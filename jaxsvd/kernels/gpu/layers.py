@@ -4,8 +4,8 @@ For a few rows a step is a chain of matrix-vector products, and its floor is the
 chain of kernels from that floor is not bandwidth but the gaps: a launch, a first load, a ragged tail, some twenty times
 a layer. Here the blocks stay, one on each multiprocessor. While one warpgroup streams the block's share of all weights
 (`jaxsvd.kernels.gpu.stream`), another multiplies it with what a third brings; between two products that depend on each
-other all blocks meet at a counter in global memory, and meanwhile the ring fills. Of up to eight rows they wait there
-but once or twice a layer for what they send each other to arrive, as its reader sees whether it has
+other all blocks meet at a counter in global memory, and meanwhile the ring fills. Of up to eight rows they mostly do
+not wait there for what they send each other to arrive, as its reader sees whether it has
 (`jaxsvd.kernels.gpu.present`). Of several, pairs of blocks share what they bring.
 
 Sums, norms, RoPE and the residual stream are float32; what one product gives to the next is bfloat16, in attention too.
@@ -28,7 +28,7 @@ from jaxsvd.kernels.gpu import present, ptx
 from jaxsvd.kernels.gpu.attention import Attention, splits
 from jaxsvd.kernels.gpu.perlayer import PerLayer, table
 from jaxsvd.kernels.gpu.products import Buffers, Products
-from jaxsvd.kernels.gpu.shape import ROWS, SLOTS, SPAN, LayerShape, aligned, height, loose, ring, used
+from jaxsvd.kernels.gpu.shape import ROWS, SLOTS, SPAN, LayerShape, aligned, height, ring, used
 from jaxsvd.kernels.gpu.stream import PAIR, Stream, squares
 
 # Of a thread that multiplies, and of those that copy: no more in all than 3·168, with which three warpgroups begin.
@@ -94,7 +94,6 @@ def make_layers(
     nothing = [[None] * count for count in counts], (None, None), Buffers(*[None] * 3), None
     sizes = Products(shape, 0, layers, *nothing, rows, alone=alone)
     room = sizes.size
-    fenced = not loose(batch)
     pairs = [] if batch == 1 or interpret else [2]
     blocks = used(blocks, batch)
     parted = splits(batch * shape.kv_heads) > 1  # whether the cache of a head is, and must be put together
@@ -148,6 +147,8 @@ def make_layers(
                 ptx.announce(counter, fenced)
 
         turns = [stream.turns(phase) for phase in sizes.phases]
+        # Whether the meeting before each of them, and before the next layer, waits for what was stored.
+        fenced = [not stream.loose(phase) for phase in (*sizes.phases, sizes.phases[0])]
 
         def turn(layer: jax.Array, number: int) -> jax.Array:
             """The number of the first turn of what is held in a phase of a layer."""
@@ -158,16 +159,16 @@ def make_layers(
             attention, phases = attention_of(layer, products), products.phases
             for number, (phase, deal) in enumerate(zip(phases, stream.deal(phases), strict=True)):
                 if between and number == len(products.before):
-                    meet(layer, number, fenced)
+                    meet(layer, number, fenced=False)
                     count = attention.attend(stream, count)
-                    announce(fenced=True)
+                    announce(parted or fenced[number])
                     if parted:
                         meet(layer, number + 1, fenced=True)
                         attention.combine()
-                        announce(fenced)
+                        announce(fenced[number])
                 stream.leave()
                 count = stream.multiply(turn(layer, number), count, phase, deal)
-                announce(fenced)
+                announce(fenced[number + 1] and not (between and number + 1 == len(products.before)))
             return count
 
         def hold(layer: jax.Array, _: None) -> None:
@@ -175,7 +176,7 @@ def make_layers(
             before = len(products.before)
             for number, phase in enumerate(products.phases):
                 met = number + between * (number >= before)
-                stream.hold(turn(layer, number), phase, partial(meet, layer, met, fenced))
+                stream.hold(turn(layer, number), phase, partial(meet, layer, met, fenced[number]))
                 if between and number == before and not interpret:
                     # The layer before has been left by all, and this one's attention too.
                     products.clear(block, blocks)

@@ -50,11 +50,6 @@ def widest(batch: int) -> int:
     return WIDEST[height(batch)]
 
 
-def loose(batch: int) -> bool:
-    """Whether blocks meet without waiting for what they have stored: of sixteen rows too much would come too late."""
-    return height(batch) < SIZES[-1]
-
-
 def height(batch: int) -> int:
     """The rows of a buffer for so many rows of x: of these some may be nothing."""
     return next(size for size in SIZES if size >= batch)

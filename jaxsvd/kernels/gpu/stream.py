@@ -20,9 +20,10 @@ from jaxsvd.kernels.gpu.layouts import APIECE, TILE, full, inputs, partial_sums,
 from jaxsvd.kernels.gpu.perlayer import load
 from jaxsvd.kernels.gpu.phases import Norm, Phase, Streamed, Tiles, X
 from jaxsvd.kernels.gpu.regions import Parts
-from jaxsvd.kernels.gpu.shape import ROWS, SPAN, WARPS, loose, pitch, whole
+from jaxsvd.kernels.gpu.shape import ROWS, SPAN, WARPS, pitch, whole
 from jaxsvd.kernels.gpu.sweep import Sweep
 
+LOOSE = 1, 8  # heights of x of which each number need not be there when blocks have met, as its reader looks
 PAIR = "pair"  # the axis of the blocks that share what is brought of several rows
 
 
@@ -220,18 +221,19 @@ class Stream:
         if self._both:
             ptx.instruct("fence.proxy.async.global;")  # what other threads stored is read by copies in bulk
         squares = self._squares(phase.norm) if phase.norm else []
+        loose = self.loose(phase)
         for turn in range(self.turns(phase)):
             spans = phase.spans[turn * self.places :][: self.places]
-            ensure = partial(self._ensure, spans, number + turn)
             for place in range(self.places):
                 if turn:  # even if nothing comes: the barrier of a place must not end two phases at once
                     self.clear(place=place)
-                self._bring(spans, place)
-                if turn and place:  # it may be wanted before the next one is left
-                    ensure(place - 1)
+                coming = place < len(spans)
+                if coming:
+                    self._bring(*spans[place], place, loose)
+                self._tell(place, coming and loose)
             peeked = self.peek(squares, self._apiece) if turn == 0 else []  # they come while x does
-            for place in range(self.places - 1 if turn else 0, self.places):
-                ensure(place)
+            for place, span in enumerate(spans):
+                self._ensure(*span, place, number + turn, loose, len(spans) - 1 - place)
             if turn == 0 and phase.norm:
                 self._scale(phase.norm, self.settle(squares, peeked, self._apiece))
             if self.interpret:
@@ -239,43 +241,48 @@ class Stream:
             else:
                 ptx.tell(self._arrived, self.places)
 
-    def _ensure(self, spans: Sequence[tuple[X, int]], number: jax.Array, place: int) -> None:
-        """Wait for what was to be brought to a place in the `number`-th turn, if anything."""
-        if self.interpret or place >= len(spans):
+    def _ensure(self, x: X, part: int, place: int, number: jax.Array, loose: bool, behind: int) -> None:
+        """Wait for what was begun by `_bring`, `behind` which others were, in the `number`-th turn."""
+        if self.interpret:
             return
-        if not loose(self._batch):
+        if not loose:
             self._await(place, number)
             return
-        x, start = spans[place]
         if self._both:
             self._await(self._landed(place), number)
         else:
-            ptx.instruct(f"cp.async.wait_group {len(spans) - 1 - place};")
-        present.ensure(x.ref, x.start + start, self._held, place * SPAN, self._batch)
+            ptx.instruct(f"cp.async.wait_group {behind};")
+        present.ensure(x.ref, x.start + part, self._held, place * SPAN, self._batch)
         ptx.tell(self._arrived, place)
 
+    def loose(self, phase: Phase) -> bool:
+        """Whether blocks meet before a phase without waiting for what they have stored: see `present`.
+
+        Of sixteen rows, and of what is so wide that it comes in turns, too much would come too late.
+        """
+        return self.turns(phase) == 1 and self.height in LOOSE
+
     def _landed(self, place: int) -> int:
-        """The barrier that what is copied to a place arrives at.
+        """The barrier of copies in bulk to a place that are to be looked at before the place's own says they are there.
 
-        Where copies in bulk are to be looked at, it is another than the place's own, which says that it can be read.
+        Both end a phase with each turn.
         """
-        return place + (self.places + 1 if self._both and loose(self._batch) else 0)
+        return self.places + 1 + place
 
-    def _bring(self, spans: Sequence[tuple[X, int]], place: int) -> None:
-        """Start to copy a slot's inputs of x to a place of what is held, if any are for it, and zeros behind their end.
+    def _tell(self, place: int, looked: bool) -> None:
+        """Tell that all was begun that comes to a place in a turn, if anything, unless it is to be `looked` at."""
+        for barrier in () if self.interpret else [place] * (not looked) + [self._landed(place)] * len(self._both):
+            ptx.tell(self._arrived, barrier)
 
-        If blocks meet loosely, `_ensure` is to say that they are there.
+    def _bring(self, x: X, part: int, place: int, loose: bool) -> None:
+        """Start to copy a slot's inputs of x, from `part` on, to a place of what is held, and zeros behind its end.
+
+        If blocks met loosely they are to be looked at: see `_ensure`.
         """
-        if place >= len(spans):
-            for barrier in () if self.interpret else sorted({place, self._landed(place)}):
-                ptx.tell(self._arrived, barrier)
-            return
-        x, part = spans[place]
         start, left, at = x.start + part, x.width - part, place * SPAN
         if self._both:
-            barrier, own = self._landed(place), lax.axis_index(PAIR)
-            ptx.share(x.ref, start, left, self._held, at, self._batch, self._arrived, barrier, own)
-            ptx.tell(self._arrived, barrier)
+            barrier = self._landed(place) if loose else place
+            ptx.share(x.ref, start, left, self._held, at, self._batch, self._arrived, barrier, lax.axis_index(PAIR))
             return
         if not self.interpret:
             ptx.bring(x.ref, start, left, self._held, at)
