@@ -9,12 +9,23 @@ import numpy as np
 import pytest
 
 from jaxsvd.kernels.gpu import JAX
-from jaxsvd.kernels.gpu.shape import ROWS, SIZES, SPAN, WARPS
+from jaxsvd.kernels.gpu.shape import APART, ROWS, SIZES, SPAN, WARPS
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < JAX, reason="needs the Mosaic dialect of jax 0.11")
 WARP, LANE = np.divmod(np.arange(32 * WARPS), 32)
 GROUP, QUARTER = np.divmod(LANE, 4)  # as PTX names them: groupID, and threadID_in_group
 OPEN = 0x3210  # the selector of prmt that takes a word as it is
+
+
+class Kind:
+    """The type of a vector, or of the same as another."""
+
+    def __init__(self, shape, scalar=None):
+        self.shape, self.scalar = getattr(shape, "shape", shape), scalar
+
+    @classmethod
+    def get(cls, shape, scalar):
+        return cls(shape, scalar)
 
 
 class Register:
@@ -25,7 +36,7 @@ class Register:
 
     @property
     def type(self):
-        return self.values.dtype
+        return Kind(self.values.shape[1:], self.values.dtype)
 
 
 def mma(a, b, c):
@@ -62,13 +73,18 @@ def constant(kind, value):
 def ptx(monkeypatch):
     from jaxsvd.kernels.gpu import ptx
 
-    types = Names(get_signless=lambda _: np.uint32), Names(get=lambda: np.float32), Names(get=lambda _, kind: kind)
-    integers, floats, vectors = types
+    types = Names(
+        IntegerType=Names(get_signless=lambda _: np.uint32),
+        F32Type=Names(get=lambda: np.float32),
+        BF16Type=Names(get=lambda: jnp.bfloat16),
+        MemRefType=lambda kind: kind,
+        VectorType=Kind,
+    )
     shims = {
-        "ir": Names(IntegerType=integers, F32Type=floats, VectorType=vectors),
+        "ir": types,
         "arith": Names(constant=constant, addi=operator.add, addf=operator.add),
         "vector": Names(
-            bitcast=lambda kind, register: Register(register.values.view(kind)),
+            bitcast=lambda kind, register: Register(register.values.view(kind.scalar)),
             from_elements=lambda _, elements: Register(np.stack(elements, 1)),
         ),
         "llvm": Names(inline_asm=move),
@@ -116,3 +132,109 @@ def test_tensor_cores_add_what_each_warp_has(height, ptx, rng):
     expected = before + np.einsum("nswi,bswi->wbn", parts(weights), parts(x))
     for register, wanted in zip(found.registers, of_threads(expected), strict=True):
         np.testing.assert_allclose(register.values, wanted, rtol=1e-4, atol=1e-3)
+
+
+def spread(layout, shape):
+    """Which elements of an array threads have in this layout: (128, registers, elements of each)."""
+    layout, found = layout.to_mgpu(), np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        lead, rank = found.ndim - len(tile), len(tile)
+        sizes = [size for total, one in zip(found.shape[lead:], tile, strict=True) for size in (total // one, one)]
+        order = *range(lead), *range(lead, lead + 2 * rank, 2), *range(lead + 1, lead + 2 * rank, 2)
+        found = found.reshape(*found.shape[:lead], *sizes).transpose(order)
+    index = [np.zeros_like(WARP), *[slice(None)] * found.ndim]
+    for dims, number in ((layout.warp_dims, WARP), (layout.lane_dims, LANE)):
+        sizes = [found.shape[dim] if isinstance(dim, int) else dim.times for dim in dims]
+        for dim, place in zip(dims, np.unravel_index(number, sizes), strict=True):
+            if isinstance(dim, int):
+                index[dim] = place
+    return found[None][tuple(index)].reshape(32 * WARPS, -1, found.shape[layout.vector_dim])
+
+
+def held(array, layout):
+    """An array in the registers of all threads."""
+    found = array.reshape(-1)[spread(layout, array.shape)]
+    registers = np.empty(layout.to_mgpu().registers_shape(array.shape), object)
+    registers.flat[:] = [Register(found[:, i]) for i in range(found.shape[1])]
+    return Names(registers=registers, layout=layout, shape=array.shape)
+
+
+def shuffle(mask, x, lane, clamp, kind):
+    """What another thread of the warp has."""
+    return x.reshape(WARPS, 32)[WARP, lane ^ LANE if kind == "bfly" else lane]
+
+
+def assemble(kind, given, code, constraints, **options):
+    """ex2, cvt.rn.bf16x2, and prmt.b32 with the two selectors that are used."""
+    if code.startswith("ex2"):
+        return np.exp2(given[0])
+    first, second = given
+    if code.startswith("cvt"):
+        return np.stack([second, first], 1).astype(jnp.bfloat16).view(np.uint32)[:, 0]
+    first, second = (np.ascontiguousarray(word).view(np.uint16).reshape(-1, 2) for word in given)
+    half = {"0x5410;": 0, "0x7632;": 1}[code.split()[-1]]
+    return np.stack([first[:, half], second[:, half]], 1).view(np.uint32)[:, 0]
+
+
+@pytest.fixture
+def flash(ptx, monkeypatch):
+    """Attention, and how many times as long as they must loads from shared memory take."""
+    from jaxsvd.kernels.gpu import flash
+
+    turns = []
+
+    def load(kind, pointer):
+        values, first = pointer
+        size = kind.shape[0]
+        for lanes in (first // size).reshape(-1, 64 // size):  # those that are served at once
+            rows = np.unique(lanes)
+            turns.append(np.bincount(rows % (64 // size)).max())
+        return Register(values[first[:, None] + np.arange(size)])
+
+    operations = Names(
+        **{name: getattr(operator, name[:3]) for name in ("addi", "addf", "subi", "subf", "muli", "mulf")},
+        divui=operator.floordiv,
+        remui=operator.mod,
+        maximumf=np.maximum,
+        select=np.where,
+        constant=constant,
+        cmpi=lambda predicate, *two: predicate(*(one.view(np.int32) for one in two)),
+        CmpIPredicate=Names(sgt=operator.gt, eq=operator.eq),
+    )
+    shims = {
+        "ir": ptx.ir,
+        "arith": operations,
+        "vector": ptx.vector,
+        "llvm": Names(inline_asm=assemble, load=load),
+        "nvvm": Names(shfl_sync=shuffle, ShflKind=Names(bfly="bfly", idx="idx")),
+        "mgpu": ptx.mgpu,
+        "utils": Names(getelementptr=lambda pointer, places, _: (pointer[0], pointer[1] + places[0])),
+    }
+    for name, shim in shims.items():
+        monkeypatch.setattr(flash, name, shim)
+    monkeypatch.setattr(ptx, "thread", lambda: np.arange(32 * WARPS, dtype=np.uint32))
+    monkeypatch.setattr(ptx, "pointer", lambda slot, at: (slot.values, at.view(np.int32)))
+    return flash, turns
+
+
+@pytest.mark.parametrize("count", [2 * 32, 45, 7])
+@pytest.mark.parametrize("width", [64, 128])
+def test_tensor_cores_attend(width, count, ptx, flash, rng):
+    flash, turns = flash
+    tokens, heads = flash.TOKENS, flash.HEADS
+    q = (rng.standard_normal((heads, width)) / width**0.5).astype(jnp.bfloat16)
+    slots = [rng.standard_normal(ROWS * (SPAN + APART)).astype(jnp.bfloat16) for _ in range(2)]
+    parts = [slot.reshape(2, -1)[:, : tokens * width].reshape(2, tokens, width) for slot in slots]
+    given = flash.held([Names(type=Names(shape=slot.shape), values=slot) for slot in slots], width)
+    assert max(turns[: len(turns) // 2]) == 1 and max(turns) == 2
+
+    state = [rng.standard_normal((WARPS, heads, *more)).astype(np.float32) for more in ((), (), (width,))]
+    layouts = flash.STATS, flash.STATS, flash.mixed(width)
+    zero, left = (Names(registers=Names(item=lambda x=x: constant(np.uint32, x))) for x in (0, count))
+    queries = Names(**vars(held(q, flash.QUERIES)), ndim=2, dtype=q.dtype)
+    arranged = ptx.arrange(queries, flash.QUERIES, zero, beside=True)
+    found = flash._step(None, *map(held, state, layouts), arranged, *given, left)
+    expected = flash._plain(state, jnp.asarray(q), [part[i] for i in (0, 1) for part in parts], count)
+    for one, other, layout in zip(found, expected, layouts, strict=True):
+        for register, wanted in zip(one.registers.flat, held(np.asarray(other), layout).registers.flat, strict=True):
+            np.testing.assert_allclose(register.values, wanted.values, rtol=1e-2, atol=1e-2)

@@ -187,20 +187,18 @@ class Attention:
 
         return count if stream.interpret else lax.fori_loop(0, self.mine(self.kv_heads * self.splits), item, count)
 
-    def tile(
-        self, stream: Stream, count: jax.Array, kv_head: jax.Array, start: jax.Array
-    ) -> tuple[list[jax.Array], jax.Array]:
-        """Keys and values, (TOKENS, head_dim), of tokens from `start` on; the count behind the slot they were in."""
-        layouts = flash.KEYS, flash.values(self.shape.head_dim)
-        size = TOKENS, self.shape.head_dim
-        if stream.interpret:
-            region = self.cached(kv_head), pl.ds(start, TOKENS), pl.ds(0, self.shape.head_dim)
-            return [cache.load(region, layout) for cache, layout in zip(self.caches, layouts, strict=True)], count
-
-        def read(slot: Any) -> list[jax.Array]:
-            return [ptx.held(slot, i, len(layouts), size, layout) for i, layout in enumerate(layouts)]
-
-        return stream.take(count, read), count + 1
+    def two(
+        self, stream: Stream, count: jax.Array, kv_head: jax.Array, start: jax.Array, more: jax.Array
+    ) -> tuple[flash.Tiles, jax.Array]:
+        """Two tiles, of tokens from `start` on, or twice one if `more` is 0, not 1; the count behind their slots."""
+        width = self.shape.head_dim
+        if not stream.interpret:
+            return stream.take_two(count, more, lambda slots: flash.held(slots, width)), count + 1 + more
+        starts = start, start + more * TOKENS
+        regions = [(self.cached(kv_head), pl.ds(first, TOKENS), pl.ds(0, width)) for first in starts]
+        layouts = flash.KEYS, flash.values(width)
+        pairs = zip(self.caches, layouts, strict=True)
+        return [cache.load(region, layout) for cache, layout in pairs for region in regions], count
 
     @staticmethod
     def tiles(begin: jax.Array, end: jax.Array) -> jax.Array:
@@ -258,18 +256,20 @@ class Attention:
             stream.together()
             rows = range(0, shape.together, HEADS)
             held = [load(asking.at[pl.ds(row, HEADS)], flash.QUERIES) for row in rows]
+            if not stream.interpret:
+                zero = lax.shift_right_logical(count, 31)
+                held = [ptx.arrange(q, flash.QUERIES, zero, beside=True) for q in held]
+            tiles = self.tiles(begin, end)
 
-            def tile(i: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+            def two(i: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
                 states, count = carry
-                (k, v), count = self.tile(stream, count, kv_head, begin + i * TOKENS)
-                left = end - begin - i * TOKENS
-                states = [
-                    flash.step(state, q, k, v, left, stream.interpret) for state, q in zip(states, held, strict=True)
-                ]
-                return states, count
+                start, more = begin + 2 * i * TOKENS, jnp.minimum(tiles - 2 * i, 2) - 1
+                given, count = self.two(stream, count, kv_head, start, more)
+                pairs = zip(states, held, strict=True)
+                return [flash.step(state, q, given, end - start, stream.interpret) for state, q in pairs], count
 
             start = [self.nothing() for _ in rows], count
-            states, count = lax.fori_loop(0, self.tiles(begin, end), tile, start)
+            states, count = lax.fori_loop(0, lax.div(tiles + 1, 2), two, start)
             mixed = self.vectors.at[row, pl.ds(self.mixed + own * group, group)]
             self.gather(stream, kv_head, split, states, scores, value, self.pieces(mixed))
             return count

@@ -27,25 +27,26 @@ def thread() -> Any:
 
 
 def mma(a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[Any]:
-    """A·B + C, (16, 8) float32, of bfloat16 (16, k) and (k, 8), k = 16, or 8 where A and B have half the registers."""
+    """A·B + C, (16, 8) float32, of bfloat16 (16, 16) and (16, 8)."""
     f32 = ir.F32Type.get()
     places = iter(f"${i}" for i in range(4 + len(a) + len(b) + 4))
     d, *given = ("{" + ", ".join(next(places) for _ in range(n)) + "}" for n in (4, len(a), len(b), 4))
     made: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * 4),
         [*a, *b, *c],
-        f"mma.sync.aligned.m16n8k{4 * len(a)}.row.col.f32.bf16.bf16.f32 {', '.join([d, *given])};",
+        f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {', '.join([d, *given])};",
         ",".join(["=f"] * 4 + ["r"] * (len(a) + len(b)) + ["f"] * 4),
         has_side_effects=False,
     )
     return [llvm.extractvalue(f32, made, [i]) for i in range(4)]
 
 
-def arrange(x: jax.Array, layout: Any, zero: jax.Array) -> jax.Array:
+def arrange(x: jax.Array, layout: Any, zero: jax.Array, beside: bool = False) -> jax.Array:
     """x (16, n), (8, n) or (n,), bfloat16, in the order in which `multiply` wants it to be in registers.
 
     What moves the words there uses `zero` (), an int32 0 that the compiler does not know. If it saw that they are only
-    moved, it would move them before every product instead.
+    moved, it would move them before every product instead. Of eight rows two registers `beside` each other may take the
+    places of two rows.
     """
 
     height = x.shape[0] if x.ndim > 1 else 1
@@ -59,7 +60,8 @@ def arrange(x: jax.Array, layout: Any, zero: jax.Array) -> jax.Array:
             return llvm.inline_asm(i32, [word, selector], "prmt.b32 $0, $1, $1, $2;", "=r,r,r", has_side_effects=True)
 
         quads = []
-        for pair in x.registers.reshape(height // 8 or 1, -1).T:  # a thread's row, or its two, with the same inputs
+        pairs = x.registers.reshape(-1, 2) if beside else x.registers.reshape(height // 8 or 1, -1).T
+        for pair in pairs:  # a thread's row, or its two, with the same inputs
             given = [[element(vector.bitcast(words, one), i) for i in range(4)] for one in pair]
             if len(given) == 1:
                 quads += [[given[0][i] for i in (0, 2, 1, 3)]]
@@ -286,7 +288,7 @@ def fetch_all(
 ) -> None:
     """Start to copy the same `size` elements of several arrays, at most a warp's number of them.
 
-    Each goes into a part of `target` of its own: see `held`.
+    Each goes into a part of `target` of its own: see `flash.held`.
     """
 
     def run(_: Any, target: Any, table: Any, barriers: Any, slot: Any, start: Any, *entries: Any) -> None:
@@ -405,18 +407,19 @@ def share(
     inline((plgpu.RefType(),) * 3 + (NUMBER,) * 3, run, source, target, barriers, *numbers)
 
 
-def tell(barriers: Any, number: Any) -> None:
-    """Arrive at a barrier: a thread of each warp, for what all of it has done."""
+def tell(barriers: Any, number: Any, real: Any = 1) -> None:
+    """Arrive at a barrier: a thread of each warp, for what all of it has done; none if it is not `real`, 0."""
 
-    def run(_: Any, barriers: Any, number: Any) -> None:
+    def run(_: Any, barriers: Any, number: Any, real: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
         barrier = shared(_barrier(barriers, number.registers.item()).get_ptr())
         perform("bar.warp.sync 0xffffffff;")
         lane = arith.remui(thread(), arith.constant(i32, utils.WARP_SIZE))
-        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane, arith.constant(i32, 0))):
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, real.registers.item())):
             perform("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [$0]; }", "r", barrier)
 
-    inline((plgpu.RefType(), NUMBER), run, barriers, jnp.asarray(number, jnp.int32))
+    numbers = (jnp.asarray(each, jnp.int32) for each in (number, real))
+    inline((plgpu.RefType(), NUMBER, NUMBER), run, barriers, *numbers)
 
 
 def cut() -> None:
@@ -436,19 +439,6 @@ def instruct(code: str) -> None:
         perform(code)
 
     inline((), run)
-
-
-def held(slot: Any, part: int, parts: int, shape: tuple[int, ...], layout: Any) -> jax.Array:
-    """The first elements of one of the parts of a slot in shared memory, bfloat16, as an array of that shape."""
-    start = math.prod(slot.shape) // parts * part
-
-    def run(_: Any, slot: Any) -> Any:
-        kind, bf16 = ir.MemRefType(slot.type), ir.BF16Type.get()
-        first = utils.getelementptr(utils.memref_ptr(slot), [start], bf16)
-        region = utils.ptr_as_memref(first, ir.MemRefType.get(shape, bf16, memory_space=kind.memory_space))
-        return mgpu.FragmentedArray.load_untiled(region, layout=layout.to_mgpu(), optimized=False)
-
-    return inline((plgpu.RefType(),), run, slot, result=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=layout))
 
 
 def pointer(ref: Any, at: Any) -> Any:

@@ -155,6 +155,19 @@ class Stream:
         self._release(count)
         return found
 
+    def take_two(self, count: jax.Array, more: jax.Array, read: Callable[[Sequence[Any]], Any]) -> Any:
+        """What `read(slots)` gives of the slot of this number and the next; behind it they are empty.
+
+        Where `more` is 0, not 1, there is no next one, and it is the first again.
+        """
+        both = count, count + more
+        for each in both:
+            self._wait(self._full, each)
+        found = read([self._ring.at[lax.rem(each, self._slots)] for each in both])
+        for each, real in zip(both, (1, more), strict=True):
+            ptx.tell(self._empty, lax.rem(each, self._slots), real)
+        return found
+
     def _wait(self, barriers: Any, count: jax.Array) -> None:
         """Wait until the slot of this number is full, or empty again."""
         slot = lax.rem(count, self._slots)
