@@ -42,6 +42,11 @@ def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     new = new.astype(buffer.dtype)
     if start.ndim == 0:
         return lax.dynamic_update_slice(buffer, new.reshape(-1, *new.shape[2:]), (0, start, 0))
+    if len(new) > 1 and jax.default_backend() == "gpu":
+        # There each slice would be a kernel; of all rows together XLA makes one scatter, in place.
+        rows = buffer.reshape(*new.shape[:2], *buffer.shape[1:])
+        put = jax.vmap(lambda row, piece, at: lax.dynamic_update_slice(row, piece, (0, at, 0)))
+        return put(rows, new, start).reshape(buffer.shape)
     for row, piece in enumerate(new):
         buffer = lax.dynamic_update_slice(buffer, piece, (row * piece.shape[0], start[row], 0))
     return buffer

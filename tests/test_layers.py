@@ -127,6 +127,13 @@ def test_attention(rng, heads, kv_heads, tokens, dtype, tolerance):
 # The cache.
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def platform(request, monkeypatch):
+    """Where rows are written one by one, and where all together."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+
+
+@pytest.mark.usefixtures("platform")
 def test_write_puts_each_row_where_it_belongs():
     new = jnp.arange(2 * 3 * 2 * 4, dtype=jnp.float32).reshape(2, 3, 2, 4)
     buffer = np.asarray(write(jnp.full((6, 10, 4), -1.0), new, jnp.array([1, 7])))
@@ -136,6 +143,7 @@ def test_write_puts_each_row_where_it_belongs():
         assert (np.delete(rows, [start, start + 1], axis=1) == -1).all()
 
 
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("start", [-5, 0, 3, 8, 9, 10, 100])
 def test_write_clamps_into_the_buffer(start):
     new = jnp.ones((2, 3, 2, 4))
@@ -146,6 +154,14 @@ def test_write_clamps_into_the_buffer(start):
         buffer = np.asarray(write(jnp.zeros((6, 10, 4)), new, starts))
         assert (buffer[:, at : at + 2] == 1).all()
         assert buffer.sum() == new.size
+
+
+@pytest.mark.parametrize(("platform", "operations"), [("cpu", (8, 0)), ("gpu", (0, 1))], indirect=["platform"])
+def test_on_a_gpu_rows_are_written_together(platform, operations):
+    """There each operation is a kernel."""
+    made = jax.make_jaxpr(lambda *given: write(*given))(jnp.zeros((16, 10, 4)), jnp.ones((8, 2, 1, 4)), jnp.arange(8))
+    names = [equation.primitive.name for equation in made.eqns]
+    assert (names.count("dynamic_update_slice"), names.count("scatter")) == operations
 
 
 def test_write_casts():
