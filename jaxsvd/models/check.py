@@ -1,7 +1,9 @@
 """Whether a kernel that runs a whole model can be trusted with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ CAPACITY = 128  # of the cache
 LAST = 40  # the token that is compared, of the first row: one that attends to more than a tile of a kernel's
 # As a relative error: kernel and XLA both round to bfloat16 in every layer, which comes to some 1e-2 over a deep model.
 TOLERANCE = 0.1
+
+_Known = tuple[jax.Array, list[jax.Array], list[jax.Array]]  # final hidden states of prompts, and what the cache has
 
 
 def check(model: Llama) -> None:
@@ -31,28 +35,36 @@ def check(model: Llama) -> None:
     most, heads = batches[-1], model.config.num_kv_heads
     last = LAST - jnp.arange(most)  # of each row
     graph, state = nnx.split(model)
-
-    # Nothing is timed here, and where layers differ in their ranks XLA would try hundreds of products in many ways.
-    @partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})
-    def both(state: nnx.State, tokens: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        model, found, wanted = nnx.merge(graph, state), [], []
-        cache = empty_cache(model.config, most, CAPACITY, model.embed_tokens.weight.dtype)
-        hidden, known = model(tokens, cache, jnp.int32(0))  # of every row: one write for all
-        for batch in batches:
-            start = last[:batch]
-            keys, values = ([one[: batch * heads] for one in kind] for kind in (known.keys, known.values))
-            expected = jnp.take_along_axis(hidden[:batch], start[:, None, None], axis=1)[:, 0]
-            wanted += _seen(expected, keys, values, jnp.repeat(start, heads))
-            # What the last token and those behind it have put there is taken away: the kernel has to write it.
-            before = (jnp.arange(CAPACITY) < jnp.repeat(start, heads)[:, None])[..., None]
-            keys, values = ([one * before for one in kind] for kind in (keys, values))
-            token = jnp.take_along_axis(tokens[:batch], start[:, None], axis=1)
-            actual, cache = model(token, KVCache(keys, values, start), start)
-            found += _seen(actual[:, 0], cache.keys, cache.values, jnp.repeat(start, heads))
-        return found, wanted
-
     tokens = (jnp.arange(LAST + 1) + 7 * jnp.arange(most)[:, None]) % model.config.vocab_size
-    pairs = zip(*both(state, tokens), strict=True)
+
+    def prompts(state: nnx.State, tokens: jax.Array) -> _Known:
+        cache = empty_cache(model.config, most, CAPACITY, model.embed_tokens.weight.dtype)
+        hidden, cache = nnx.merge(graph, state)(tokens, cache, jnp.int32(0))  # of every row: one write for all
+        return hidden, cache.keys, cache.values
+
+    def step(batch: int, state: nnx.State, tokens: jax.Array, *known: Any) -> list[tuple[jax.Array, jax.Array]]:
+        hidden, *caches = known
+        start = last[:batch]
+        keys, values = ([one[: batch * heads] for one in kind] for kind in caches)
+        expected = jnp.take_along_axis(hidden[:batch], start[:, None, None], axis=1)[:, 0]
+        wanted = _seen(expected, keys, values, jnp.repeat(start, heads))
+        # What the last token and those behind it have put there is taken away: the kernel has to write it.
+        before = (jnp.arange(CAPACITY) < jnp.repeat(start, heads)[:, None])[..., None]
+        keys, values = ([one * before for one in kind] for kind in (keys, values))
+        token = jnp.take_along_axis(tokens[:batch], start[:, None], axis=1)
+        actual, cache = nnx.merge(graph, state)(token, KVCache(keys, values, start), start)
+        return list(zip(_seen(actual[:, 0], cache.keys, cache.values, jnp.repeat(start, heads)), wanted, strict=True))
+
+    def compiled(function: Callable, *given: Any) -> Callable:
+        # Nothing is timed here, and where layers differ in their ranks XLA would try hundreds of products in many ways.
+        return jax.jit(function, compiler_options={"xla_gpu_autotune_level": 0}).lower(*given).compile()
+
+    with ThreadPoolExecutor() as pool:  # a kernel takes some seconds to compile
+        first = pool.submit(compiled, prompts, state, tokens)
+        shapes = jax.eval_shape(prompts, state, tokens)
+        others = [pool.submit(compiled, partial(step, batch), state, tokens, *shapes) for batch in batches]
+    known = first.result()(state, tokens)
+    pairs = [pair for other in others for pair in other.result()(state, tokens, *known)]
     errors = [jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected) for actual, expected in pairs]
     error = float(jnp.max(jnp.array(errors)))  # unlike Python's, it is not a number where one of them is not
     if not error < TOLERANCE:
