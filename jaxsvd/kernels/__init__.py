@@ -119,7 +119,7 @@ class Fused(Protocol):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Up to how many rows each of its kernels goes, in order: the last is the most that it takes."""
+        """Up to how many rows it goes about a step in one way, in order: the last is the most that it takes."""
         ...
 
     def obstacle(self, heads: Heads, plans: Sequence[Sequence[Any]], batch: int, capacity: int) -> str | None:

@@ -304,6 +304,7 @@ def test_layers_of_other_widths_are_left_to_xla():
         ("llama", "mixed-again", 8),
         ("qwen3", "low-rank", 9),
         ("llama", "mixed", 16),
+        ("qwen3", "low-rank", 17),
         ("qwen3", "low-rank", 18),
     ],
 )

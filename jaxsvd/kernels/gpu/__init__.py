@@ -70,6 +70,9 @@ class GPU(XLA):
         shapes, parts = tuple(layer_shapes(heads, plans)), launches(batch)
         kernels = [make_layers(shapes, len(rows), self.cores, self.interpret, rows.start) for rows in parts]
 
+        if len(kernels) == 1:
+            return kernels[0]
+
         def run(*given: Any) -> jax.Array:
             of_rows, others = given[:4], given[4:]  # x, its positions, cosines and sines
             found = []

@@ -113,8 +113,8 @@ def _plain(state: State, q: jax.Array, tiles: Tiles, count: jax.Array) -> State:
 
 def _place() -> tuple[Any, Any, Any]:
     """A thread's warp, g and t."""
-    warp, lane = (op(ptx.thread(), _whole(32)) for op in (arith.divui, arith.remui))
-    return warp, arith.divui(lane, _whole(4)), arith.remui(lane, _whole(4))
+    warp, lane = (op(ptx.thread(), _integer(32)) for op in (arith.divui, arith.remui))
+    return warp, arith.divui(lane, _integer(4)), arith.remui(lane, _integer(4))
 
 
 def _read(
@@ -133,8 +133,8 @@ def _read(
     """
     bf16, kind = ir.BF16Type.get(), ir.MemRefType(slot.type)
     number, apart = turn
-    first = reduce(arith.addi, [arith.muli(x, _whole(factor)) for x, factor in begin])
-    odd = arith.muli(arith.remui(number, _whole(2)), _whole(apart))
+    first = reduce(arith.addi, [arith.muli(x, _integer(factor)) for x, factor in begin])
+    odd = arith.muli(arith.remui(number, _integer(2)), _integer(apart))
     pointers = [ptx.pointer(slot, op(first, odd)) for op in (arith.addi, arith.subi)]
     layout, start = layout.to_mgpu(), math.prod(kind.shape) // 2 * part
     registers = np.empty(layout.registers_shape(size), dtype=object)
@@ -147,7 +147,7 @@ def _read(
 def _step(_: Any, top: Any, total: Any, mix: Any, q: Any, *given: Any) -> Any:
     *tiles, count = given
     warp, _, t = _place()
-    first = arith.addi(arith.muli(warp, _whole(8)), arith.muli(t, _whole(2)))
+    first = arith.addi(arith.muli(warp, _integer(8)), arith.muli(t, _integer(2)))
     left = arith.subi(count.registers.item(), first)  # from this thread's first token on
     queries = [_words(register) for register in q.registers.flat]
     scores = [score for i, keys in enumerate(tiles[:2]) for score in _scores(queries, keys, left, i * TOKENS)]
@@ -171,7 +171,7 @@ def _scores(queries: Sequence[Any], keys: Any, left: Any, behind: int) -> list[A
     scores = []
     for e, places in enumerate([(0, 2), (3, 1)]):  # the halves of an odd token are exchanged
         one, other = (arith.addf(*(sums[i] for sums in chain)) for chain, i in zip(chains, places, strict=True))
-        seen = arith.cmpi(arith.CmpIPredicate.sgt, left, _whole(behind + e))
+        seen = arith.cmpi(arith.CmpIPredicate.sgt, left, _integer(behind + e))
         scores.append(arith.select(seen, arith.addf(one, other), _number(NOTHING)))
     return scores
 
@@ -180,15 +180,15 @@ def _mixes(mix: Any, shrink: Any, weights: Sequence[Any], values: Sequence[Any],
     """What was mixed before, times `shrink`, and the values of two tiles times weights, two tokens of each a thread."""
     i32 = ir.IntegerType.get_signless(32)
     pairs = [_pure(i32, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", weights[i + 1], weights[i]) for i in (0, 2)]
-    even = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(t, _whole(2)), _whole(0))
+    even = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(t, _integer(2)), _integer(0))
     turns = [
-        [arith.select(even, pair, _whole(0)) for pair in pairs],
-        [arith.select(even, _whole(0), pair) for pair in pairs],
+        [arith.select(even, pair, _integer(0)) for pair in pairs],
+        [arith.select(even, _integer(0), pair) for pair in pairs],
     ]
     # Rows of A are elements, the two of a word g and g + 8, and columns of B are heads: so a thread gets the elements
     # that it has of values, for two heads.
     each = mix.shape[-1] // 8  # elements of a head in a thread
-    lanes = [arith.addi(arith.muli(t, _whole(8)), _whole(4 * e)) for e in range(2)]
+    lanes = [arith.addi(arith.muli(t, _integer(8)), _integer(4 * e)) for e in range(2)]
     shrinks = [_shuffled(shrink, lane, nvvm.ShflKind.idx) for lane in lanes]
     mixes = [ptx.element(register, i) for register in mix.registers.flat for i in range(4)]
     mixes = [arith.mulf(x, shrinks[i // each]) for i, x in enumerate(mixes)]
@@ -213,7 +213,7 @@ def _number(x: float) -> Any:
     return arith.constant(ir.F32Type.get(), x)
 
 
-def _whole(x: int) -> Any:
+def _integer(x: int) -> Any:
     return arith.constant(ir.IntegerType.get_signless(32), x)
 
 
@@ -233,13 +233,13 @@ def _exponential(x: Any) -> Any:
 
 
 def _shuffled(x: Any, lane: Any, kind: Any) -> Any:
-    return nvvm.shfl_sync(_whole(0xFFFFFFFF), x, lane, _whole(31), kind)
+    return nvvm.shfl_sync(_integer(0xFFFFFFFF), x, lane, _integer(31), kind)
 
 
 def _across(x: Any, op: Any) -> Any:
     """Over the four threads that have the same head."""
     for distance in (1, 2):
-        x = op(x, _shuffled(x, _whole(distance), nvvm.ShflKind.bfly))
+        x = op(x, _shuffled(x, _integer(distance), nvvm.ShflKind.bfly))
     return x
 
 

@@ -6,7 +6,7 @@ a layer. Here the blocks stay, one on each multiprocessor. While one warpgroup s
 (`jaxsvd.kernels.gpu.stream`), another multiplies it with what a third brings; between two products that depend on each
 other all blocks meet at a counter in global memory, and meanwhile the ring fills. Of up to eight rows they mostly do
 not wait there for what they send each other to arrive, as its reader sees whether it has
-(`jaxsvd.kernels.gpu.present`). Of several, pairs of blocks share what they bring.
+(`jaxsvd.kernels.gpu.present`), and of sixteen not for q, k and v. Of several, pairs of blocks share what they bring.
 
 Sums, norms, RoPE and the residual stream are float32; what one product gives to the next is bfloat16, in attention too.
 """
@@ -137,47 +137,53 @@ def make_layers(
                 warps,
             )
 
-        def meet(layer: jax.Array, met: int, fenced: bool) -> None:
+        def meet(layer: jax.Array, met: int) -> None:
             """Wait for the end of the `met`-th meeting of a layer, or before 0 of the layer before."""
             if not interpret:
-                ptx.meet(counter, (layer * meetings + met) * blocks, fenced)
+                ptx.meet(counter, (layer * meetings + met) * blocks, fenced[met])
 
-        def announce(fenced: bool) -> None:
+        def announce(met: int) -> None:
+            """Come to the `met`-th meeting of a layer."""
             if not interpret:
-                ptx.announce(counter, fenced)
+                ptx.announce(counter, fenced[met])
 
         turns = [stream.turns(phase) for phase in sizes.phases]
-        # Whether the meeting before each of them, and before the next layer, waits for what was stored.
-        fenced = [not stream.loose(phase) for phase in (*sizes.phases, sizes.phases[0])]
+        # Whether each meeting of a layer, and the first of the next one, waits for what was stored. Attention looks at
+        # q, k and v by itself, but not at its parts.
+        fenced = [not stream.loose(phase) for phase in sizes.phases]
+        fenced[len(sizes.before) : len(sizes.before)] = [False, True][:between]
+        fenced.append(fenced[0])
 
         def turn(layer: jax.Array, number: int) -> jax.Array:
             """The number of the first turn of what is held in a phase of a layer."""
             return layer * sum(turns) + sum(turns[:number])
+
+        def met_before(number: int) -> int:
+            """The number of the meeting before a phase."""
+            return number + between * (number >= len(sizes.before))
 
         def run(layer: jax.Array, count: jax.Array) -> jax.Array:
             products = of(layer)
             attention, phases = attention_of(layer, products), products.phases
             for number, (phase, deal) in enumerate(zip(phases, stream.deal(phases), strict=True)):
                 if between and number == len(products.before):
-                    meet(layer, number, fenced=False)
+                    meet(layer, number)
                     count = attention.attend(stream, count)
-                    announce(parted or fenced[number])
+                    announce(number + 1)
                     if parted:
-                        meet(layer, number + 1, fenced=True)
+                        meet(layer, number + 1)
                         attention.combine()
-                        announce(fenced[number])
+                        announce(number + 2)
                 stream.leave()
                 count = stream.multiply(turn(layer, number), count, phase, deal)
-                announce(fenced[number + 1] and not (between and number + 1 == len(products.before)))
+                announce(met_before(number) + 1)
             return count
 
         def hold(layer: jax.Array, _: None) -> None:
             products = of(layer)
-            before = len(products.before)
             for number, phase in enumerate(products.phases):
-                met = number + between * (number >= before)
-                stream.hold(turn(layer, number), phase, partial(meet, layer, met, fenced[number]))
-                if between and number == before and not interpret:
+                stream.hold(turn(layer, number), phase, partial(meet, layer, met_before(number)))
+                if between and number == len(products.before) and not interpret:
                     # The layer before has been left by all, and this one's attention too.
                     products.clear(block, blocks)
                     ptx.fence()

@@ -42,11 +42,11 @@ def mma(a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[Any]:
 
 
 def arrange(x: jax.Array, layout: Any, zero: jax.Array, beside: bool = False) -> jax.Array:
-    """x (16, n), (8, n) or (n,), bfloat16, in the order in which `multiply` wants it to be in registers.
+    """x (16, n), (8, n) or (n,), bfloat16, in the order in which `multiply` wants it in registers, or attention.
 
     What moves the words there uses `zero` (), an int32 0 that the compiler does not know. If it saw that they are only
     moved, it would move them before every product instead. Of eight rows two registers `beside` each other may take the
-    places of two rows.
+    places of two rows: see `flash`.
     """
 
     height = x.shape[0] if x.ndim > 1 else 1

@@ -15,8 +15,8 @@ MOST = 32  # rows of a step: one launch behind the other takes as many of them a
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
 WIDEST = {1: sys.maxsize, 8: 4096, 16: 2048}  # inputs that are held at once of so many rows of x
 APART = 32  # elements between rows in shared memory, lest all begin in the same bank
-TOKENS = 32  # of the cache that a block attends to at once: keys and values of heads of 128 fill a slot
-HEADS = 8  # of queries that do so at once: the rows of mma that are used
+TOKENS = 32  # in a tile of the cache: keys and values of heads of 128 fill a slot
+HEADS = 8  # of queries that attend to it at once: half of mma's rows, or its columns
 UNIT = 16  # widths are whole ones: 32 bytes, where copies and loads may begin
 
 SHARED = 227 * 1024  # bytes of shared memory that a block may have on Hopper

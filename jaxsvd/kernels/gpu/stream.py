@@ -158,7 +158,7 @@ class Stream:
     def take_two(self, count: jax.Array, more: jax.Array, read: Callable[[Sequence[Any]], Any]) -> Any:
         """What `read(slots)` gives of the slot of this number and the next; behind it they are empty.
 
-        Where `more` is 0, not 1, there is no next one, and it is the first again.
+        Where `more` is 0, not 1, there is no next one, and it is the first again. Not in Pallas' interpreter.
         """
         both = count, count + more
         for each in both:
