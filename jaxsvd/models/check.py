@@ -69,10 +69,9 @@ def check(model: Llama) -> None:
     bring, *steps = [one.result() for one in compiling]
     known = bring(state, tokens)
     pairs = [pair for run in steps for pair in run(state, tokens, *known)]
-    norms = [[jnp.linalg.norm(x, axis=1) for x in (a - b, b)] for a, b in pairs]
-    error = float(
-        jnp.max(jnp.concatenate([wrong / right for wrong, right in norms]))
-    )  # unlike Python's, it is not a number where one of them is not
+    norm = partial(jnp.linalg.norm, axis=1)
+    errors = [norm(actual - expected) / norm(expected) for actual, expected in pairs]
+    error = float(jnp.max(jnp.concatenate(errors)))  # unlike Python's, it is not a number where one of them is not
     if not error < TOLERANCE:
         name = model.layers[0].self_attn.o.backend.name
         raise JaxsvdError(

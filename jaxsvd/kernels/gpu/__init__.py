@@ -69,7 +69,6 @@ class GPU(XLA):
 
         shapes, parts = tuple(layer_shapes(heads, plans)), launches(batch)
         kernels = [make_layers(shapes, len(rows), self.cores, self.interpret, rows.start) for rows in parts]
-
         if len(kernels) == 1:
             return kernels[0]
 

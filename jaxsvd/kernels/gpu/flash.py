@@ -149,7 +149,7 @@ def _step(_: Any, top: Any, total: Any, mix: Any, q: Any, *given: Any) -> Any:
     warp, _, t = _place()
     first = arith.addi(arith.muli(warp, _integer(8)), arith.muli(t, _integer(2)))
     left = arith.subi(count.registers.item(), first)  # from this thread's first token on
-    queries = [_words(register) for register in q.registers.flat]
+    queries = [ptx.words(register, 4) for register in q.registers.flat]
     scores = [score for i, keys in enumerate(tiles[:2]) for score in _scores(queries, keys, left, i * TOKENS)]
 
     (held_top,), (held_total,) = top.registers.flat, total.registers.flat
@@ -165,7 +165,7 @@ def _scores(queries: Sequence[Any], keys: Any, left: Any, behind: int) -> list[A
     """Of a thread's two tokens of a tile: `behind` its first one are these, and only `left` are to be looked at."""
     chains = [[[_number(0.0)] * 4 for _ in range(2)] for _ in range(2)]  # two of each half, all independent
     for chain, half in zip(chains, keys.registers.reshape(-1, 2).T, strict=True):
-        b = [word for register in half for word in _words(register)]
+        b = [word for register in half for word in ptx.words(register, 4)]
         for i, a in enumerate(queries):
             chain[i % 2] = ptx.mma(a, b[2 * i : 2 * i + 2], chain[i % 2])
     scores = []
@@ -193,7 +193,8 @@ def _mixes(mix: Any, shrink: Any, weights: Sequence[Any], values: Sequence[Any],
     mixes = [ptx.element(register, i) for register in mix.registers.flat for i in range(4)]
     mixes = [arith.mulf(x, shrinks[i // each]) for i, x in enumerate(mixes)]
     results = [[mixes[e * each + i + k] for k in range(2) for e in range(2)] for i in range(0, each, 2)]
-    tokens = [[word for one in row for word in _words(one)] for v in values for row in v.registers.reshape(2, -1)]
+    rows = [row for v in values for row in v.registers.reshape(2, -1)]  # a token's, in two registers
+    tokens = [[word for half in row for word in ptx.words(half, each // 4)] for row in rows]
     columns = [
         [
             _pure(i32, f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r", *pair)
@@ -219,12 +220,6 @@ def _integer(x: int) -> Any:
 
 def _pure(kind: Any, code: str, constraints: str, *given: Any) -> Any:
     return llvm.inline_asm(kind, list(given), code, constraints, has_side_effects=False)
-
-
-def _words(register: Any) -> list[Any]:
-    size = ir.VectorType(register.type).shape[0] // 2
-    found = vector.bitcast(ir.VectorType.get((size,), ir.IntegerType.get_signless(32)), register)
-    return [ptx.element(found, i) for i in range(size)]
 
 
 def _exponential(x: Any) -> Any:

@@ -191,8 +191,7 @@ def _words(register: Any) -> list[Any]:
     if bits < 32:
         half = vector.bitcast(ir.VectorType.get((1,), i16), register)
         return [arith.extui(i32, ptx.element(half, 0))]
-    whole = vector.bitcast(ir.VectorType.get((bits // 32,), i32), register)
-    return [ptx.element(whole, i) for i in range(bits // 32)]
+    return ptx.words(register, bits // 32)
 
 
 def _register(words: Sequence[Any], kind: Any) -> Any:

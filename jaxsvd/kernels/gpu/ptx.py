@@ -53,7 +53,7 @@ def arrange(x: jax.Array, layout: Any, zero: jax.Array, beside: bool = False) ->
 
     def run(_: Any, x: Any, zero: Any) -> Any:
         i32 = ir.IntegerType.get_signless(32)
-        words, kind = ir.VectorType.get((4,), i32), x.registers.flat[0].type
+        four, kind = ir.VectorType.get((4,), i32), x.registers.flat[0].type
         selector = arith.addi(arith.constant(i32, 0x3210), zero.registers.item())
 
         def moved(word: Any) -> Any:
@@ -62,13 +62,13 @@ def arrange(x: jax.Array, layout: Any, zero: jax.Array, beside: bool = False) ->
         quads = []
         pairs = x.registers.reshape(-1, 2) if beside else x.registers.reshape(height // 8 or 1, -1).T
         for pair in pairs:  # a thread's row, or its two, with the same inputs
-            given = [[element(vector.bitcast(words, one), i) for i in range(4)] for one in pair]
+            given = [words(one, 4) for one in pair]
             if len(given) == 1:
                 quads += [[given[0][i] for i in (0, 2, 1, 3)]]
             else:
                 quads += [[given[k][i] for i in half for k in (0, 1)] for half in ((0, 1), (2, 3))]
         registers = np.empty(len(quads), dtype=object)
-        registers[:] = [vector.bitcast(kind, vector.from_elements(words, list(map(moved, quad)))) for quad in quads]
+        registers[:] = [vector.bitcast(kind, vector.from_elements(four, list(map(moved, quad)))) for quad in quads]
         return mgpu.FragmentedArray(_registers=registers.reshape(x.registers.shape), _layout=x.layout, _is_signed=None)
 
     result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout)
@@ -88,16 +88,13 @@ def multiply(sums: jax.Array, weights: jax.Array, x: jax.Array, layouts: tuple[A
     result = plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=layouts[0])
 
     def run(_: Any, sums: Any, weights: Any, x: Any) -> Any:
-        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-        words, none = ir.VectorType.get((4,), i32), arith.constant(f32, 0.0)
+        f32 = ir.F32Type.get()
+        none = arith.constant(f32, 0.0)
         held = [element(register, i) for register in sums.registers.flat for i in range(2)]
         chains = [[*held, none, none][:4], *([none] * 4 for _ in range(CHAINS - 1))]
-        quads = [[element(vector.bitcast(words, one), i) for i in range(4)] for one in x.registers.flat]
-        pairs = [
-            [element(vector.bitcast(words, one), i) for i in half]
-            for one in weights.registers.flat
-            for half in ((0, 1), (2, 3))
-        ]
+        quads = [words(one, 4) for one in x.registers.flat]
+        four = (words(one, 4) for one in weights.registers.flat)
+        pairs = [pair for a, b, c, d in four for pair in ((a, b), (c, d))]
         for i, pair in enumerate(pairs):
             chains[i % CHAINS] = mma(quads[i * len(quads) // len(pairs)], pair, chains[i % CHAINS])
         if len(held) < 4:
@@ -124,6 +121,12 @@ def inline(types: tuple[Any, ...], run: Callable[..., Any], *args: Any, result: 
 def element(register: Any, i: int) -> Any:
     """One of the numbers in a register of an array."""
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+
+
+def words(register: Any, count: int) -> list[Any]:
+    """The bits of a register in an array, 32 to each of `count`."""
+    whole = vector.bitcast(ir.VectorType.get((count,), ir.IntegerType.get_signless(32)), register)
+    return [element(whole, i) for i in range(count)]
 
 
 def perform(code: str, constraints: str = "", *operands: Any) -> None:

@@ -165,7 +165,7 @@ class Stream:
             self._wait(self._full, each)
         found = read([self._ring.at[lax.rem(each, self._slots)] for each in both])
         for each, real in zip(both, (1, more), strict=True):
-            ptx.tell(self._empty, lax.rem(each, self._slots), real)
+            self._release(each, real)
         return found
 
     def _wait(self, barriers: Any, count: jax.Array) -> None:
@@ -176,13 +176,13 @@ class Stream:
         else:
             ptx.wait(barriers, slot, lax.rem(lax.div(count, self._slots), 2))
 
-    def _release(self, count: jax.Array) -> None:
-        """It is empty again."""
+    def _release(self, count: jax.Array, real: Any = 1) -> None:
+        """It is empty again, if it is `real`, not 0."""
         slot = lax.rem(count, self._slots)
         if self.interpret:
             plgpu.barrier_arrive(self._empty.at[slot])
         else:
-            ptx.tell(self._empty, slot)
+            ptx.tell(self._empty, slot, real)
 
     def loop(self, start: Any, stop: Any, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
         """`lax.fori_loop`, of which ptxas makes no more code than it is: a layer's is about what its cache holds."""
