@@ -268,8 +268,8 @@ def load(
         dtype: of weights and activations: "float32", "bfloat16", "float16" or a dtype. Default: bfloat16 on
             accelerators, float32 on CPU, where the others are many times slower.
         backend: who multiplies: "xla"; "neuron", the kernels for Trainium; "neuron-emulated", these kernels in NumPy,
-            thousands of times slower; "gpu", one kernel for all layers of a step of up to 32 rows, on Hopper GPUs with
-            jax 0.11 or later, XLA for the rest; or "auto": "neuron" or, for bfloat16, "gpu" where they can be had,
+            thousands of times slower; "gpu", one kernel for all layers of a step of up to sixteen rows, on Hopper GPUs
+            with jax 0.11 or later, XLA for the rest; or "auto": "neuron" or, for bfloat16, "gpu" where they can be had,
             else "xla".
         progress: a progress bar on stderr; by default where stderr is a terminal.
         steps_per_dispatch: tokens decoded per call of the device; default 2 on CPU, 8 elsewhere.

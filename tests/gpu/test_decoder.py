@@ -154,7 +154,7 @@ def test_positions(position, capacity, layers, rng):
 
 
 @kernel
-@pytest.mark.parametrize("batch", [1, 8, 16, 32])
+@pytest.mark.parametrize("batch", [1, 8, 16])
 @pytest.mark.parametrize("keep", [0.8, None])
 @pytest.mark.parametrize("name", CONFIGS_OF_MODELS)
 def test_the_kernel_of_every_named_model_fits_into_shared_memory(name, keep, batch):
@@ -304,8 +304,6 @@ def test_layers_of_other_widths_are_left_to_xla():
         ("llama", "mixed-again", 8),
         ("qwen3", "low-rank", 9),
         ("llama", "mixed", 16),
-        ("qwen3", "low-rank", 17),
-        ("qwen3", "low-rank", 18),
     ],
 )
 def test_logits_of_several_rows(architecture, ranks, rows, rng):
@@ -361,18 +359,18 @@ def test_many_heads_of_several_rows(rng):
 
 @pytest.mark.parametrize("ranks", ["dense", "low-rank", "mixed"])
 def test_prompts_and_larger_batches_are_as_with_xla(ranks, rng):
-    prompts = [rng.integers(0, 128, length).tolist() for length in (5, 21) * 17]
+    prompts = [rng.integers(0, 128, length).tolist() for length in (5, 21) * 9]
     backends = (gpu(), jnp.bfloat16), (XLA("cpu"), jnp.bfloat16), (XLA("cpu"), jnp.float32)
     engines = [engine_of("qwen3", ranks, *chosen) for chosen in backends]
     found, plain, exact = (engine.logits(prompts) for engine in engines)
     assert distance(found, exact) < 1.2 * distance(plain, exact)
-    rows = [SamplingParams()] * 34
+    rows = [SamplingParams()] * 18
     texts = [np.concatenate(list(engine.generate(prompts, rows, 8)), axis=1) for engine in engines[:2]]
     np.testing.assert_array_equal(*texts)
 
 
 def test_many_rows_are_left_to_xla():
-    assert engine_of("qwen3", "low-rank", gpu()).model.decoder(33, 128) is None
+    assert engine_of("qwen3", "low-rank", gpu()).model.decoder(17, 128) is None
 
 
 def test_norms_are_put_together_before_the_loop_over_tokens(monkeypatch):

@@ -1,8 +1,8 @@
 """The backend for NVIDIA's Hopper GPUs: XLA for many tokens at once, one kernel for a step of a few rows.
 
 Low rank makes a decode step a chain of some thousand small kernels, and each costs more to begin and to end than to
-run. Here all layers are one launch (`jaxsvd.kernels.gpu.layers`), or two where one can't take all rows. Everything
-else, prefill and larger batches, is XLA's.
+run. Here all layers are one launch (`jaxsvd.kernels.gpu.layers`). Everything else, prefill and larger batches, is
+XLA's.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxsvd.kernels import Fused, Heads
-from jaxsvd.kernels.gpu.shape import MOST, SIZES, Group, LayerShape, aligned, launches
+from jaxsvd.kernels.gpu.shape import SIZES, Group, LayerShape, aligned
 from jaxsvd.kernels.xla import XLA, GroupPlan, Stored
 
 CAPABILITY = "9.0"  # Hopper: TMA, and as much shared memory as the ring of weights takes
@@ -51,7 +50,7 @@ class GPU(XLA):
     @property
     def sizes(self) -> tuple[int, ...]:
         """See `Fused.sizes`."""
-        return *SIZES[:-1], MOST
+        return SIZES
 
     def obstacle(self, heads: Heads, plans: Sequence[Sequence[GroupPlan]], batch: int, capacity: int) -> str | None:
         """See `Fused.obstacle`."""
@@ -67,21 +66,7 @@ class GPU(XLA):
         # Here, as the backend can be chosen, and refused, where jax is too old for the kernel.
         from jaxsvd.kernels.gpu.layers import make_layers
 
-        shapes, parts = tuple(layer_shapes(heads, plans)), launches(batch)
-        kernels = [make_layers(shapes, len(rows), self.cores, self.interpret, rows.start) for rows in parts]
-        if len(kernels) == 1:
-            return kernels[0]
-
-        def run(*given: Any) -> jax.Array:
-            of_rows, others = given[:4], given[4:]  # x, its positions, cosines and sines
-            found = []
-            for kernel, rows in zip(kernels, parts, strict=True):
-                # XLA would take slices into one fusion with the kernel, and forget which buffers that writes.
-                mine = jax.lax.optimization_barrier([array[rows.start : rows.stop] for array in of_rows])
-                found.append(kernel(*mine, *others))
-            return jnp.concatenate(found)
-
-        return run
+        return make_layers(tuple(layer_shapes(heads, plans)), batch, self.cores, self.interpret)
 
 
 def layer_shapes(heads: Heads, plans: Sequence[Sequence[GroupPlan]]) -> list[LayerShape]:

@@ -51,11 +51,10 @@ class Attention:
     block: jax.Array
     blocks: int
     batch: int
-    first: int  # which row in the caches is the first of these
     positions: Any  # of the new tokens, (batch,)
     angles: Sequence[Any]  # cosines and sines, float32 (batch, head_dim/2)
     norms: Sequence[Any]  # of the heads of q and k, (layers, head_dim), or none
-    caches: Sequence[PerLayer]  # keys and values, (rows·kv_heads, capacity, head_dim)
+    caches: Sequence[PerLayer]  # keys and values, (batch·kv_heads, capacity, head_dim)
     vectors: Any
     heads: Sequence[int]
     mixed: int
@@ -131,7 +130,7 @@ class Attention:
         """The new token to the cache of a head of keys, one of all rows'."""
         for cache, halves in zip(self.caches, (key, value), strict=True):
             for at, half in zip((0, self.half), halves, strict=True):
-                place = self.cached(kv_head), position, pl.ds(at, self.half)
+                place = kv_head, position, pl.ds(at, self.half)
                 cache.store(place, half.astype(jnp.bfloat16), self.halves)
 
     @property
@@ -143,10 +142,6 @@ class Attention:
     def kv_heads(self) -> int:
         """The heads of keys of all rows."""
         return self.batch * self.shape.kv_heads
-
-    def cached(self, kv_head: jax.Array) -> jax.Array:
-        """Where it is in the caches."""
-        return self.first * self.shape.kv_heads + kv_head
 
     @property
     def splits(self) -> int:
@@ -180,7 +175,7 @@ class Attention:
 
             def tile(i: jax.Array, count: jax.Array) -> jax.Array:
                 # The new token may be among them or not: it is not looked at there.
-                start = (self.cached(kv_head) * capacity + begin + i * TOKENS) * width
+                start = (kv_head * capacity + begin + i * TOKENS) * width
                 return stream.put(count, partial(keys.fetch_with, values, start, TOKENS * width))
 
             return lax.fori_loop(0, self.tiles(begin, end), tile, count)
@@ -195,7 +190,7 @@ class Attention:
         if not stream.interpret:
             return stream.take_two(count, more, lambda slots: flash.held(slots, width)), count + 1 + more
         starts = start, start + more * TOKENS
-        regions = [(self.cached(kv_head), pl.ds(first, TOKENS), pl.ds(0, width)) for first in starts]
+        regions = [(kv_head, pl.ds(first, TOKENS), pl.ds(0, width)) for first in starts]
         layouts = flash.KEYS, flash.values(width)
         pairs = zip(self.caches, layouts, strict=True)
         return [cache.load(region, layout) for cache, layout in pairs for region in regions], count

@@ -63,12 +63,7 @@ def _complete(shape: LayerShape, arrays: Sequence[jax.Array]) -> Iterator[jax.Ar
 
 @cache
 def make_layers(
-    shapes: tuple[LayerShape, ...],
-    batch: int,
-    blocks: int,
-    interpret: Any = None,
-    first: int = 0,
-    alone: str | None = None,
+    shapes: tuple[LayerShape, ...], batch: int, blocks: int, interpret: Any = None, alone: str | None = None
 ) -> Callable[..., jax.Array]:
     """The kernel for layers of these shapes, which differ in ranks only, on a GPU with `blocks` multiprocessors.
 
@@ -80,7 +75,7 @@ def make_layers(
     - the weights of the four groups of each layer in bfloat16, (outputs, inputs) each: the first product's, then each
       V;
     - keys and values, each a list of references to the bfloat16 (batch·kv_heads, capacity, head_dim) of a layer, which
-      get the new tokens: see `LayerShape.obstacle`. There may be other rows in them, `first` before these,
+      get the new tokens: see `LayerShape.obstacle`,
 
     and returns x behind the last layer, float32 (batch, hidden).
 
@@ -131,7 +126,7 @@ def make_layers(
         def attention_of(layer: jax.Array, products: Products) -> Attention:
             cached = [PerLayer(refs, layer, tables[1], i * layers) for i, refs in enumerate(caches)]
             return Attention(
-                *(shape, layer, block, blocks, batch, first, positions, angles, head_norms, cached),
+                *(shape, layer, block, blocks, batch, positions, angles, head_norms, cached),
                 *(buffers.vectors, products.heads, products.mixed),
                 parts,
                 warps,

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 WARPS = 4  # of a warpgroup
 ROWS = 8  # outputs in a tile: the n of mma.m16n8k16
 SIZES = 1, 8, 16  # rows of x that kernels are made for: one, half of its m, or all
-MOST = 32  # rows of a step: one launch behind the other takes as many of them as it can
 SPAN = 1024  # inputs in a slot of the ring of weights; buffers of vectors have room for whole ones
 WIDEST = {1: sys.maxsize, 8: 4096, 16: 2048}  # inputs that are held at once of so many rows of x
 APART = 32  # elements between rows in shared memory, lest all begin in the same bank
@@ -58,11 +57,6 @@ def height(batch: int) -> int:
 def pitch(batch: int) -> int:
     """The elements from one row of a slot to the next. Beside several rows of x there is no room to set them apart."""
     return SPAN + (APART if batch == 1 else 0)
-
-
-def launches(batch: int) -> list[range]:
-    """The rows of each launch of a step."""
-    return [range(first, min(first + SIZES[-1], batch)) for first in range(0, batch, SIZES[-1])]
 
 
 @dataclass(frozen=True)
@@ -195,9 +189,8 @@ class LayerShape:
             return f"widths must be multiples of {UNIT}, which {odd[0]} is not"
         if self.head_dim not in (64, 128):
             return f"heads must be 64 or 128 wide, not {self.head_dim}"
-        together = len(launches(batch)[0])
-        if ring(self, layers, together, used(blocks, together)) < FEWEST:
-            rows, width = self.held(together)
+        if ring(self, layers, batch, used(blocks, batch)) < FEWEST:
+            rows, width = self.held(batch)
             return f"a multiprocessor has no room for {rows}·{width} elements and the addresses of {layers} layers"
         if capacity % TOKENS:
             return f"the cache must have room for a multiple of {TOKENS} tokens, not {capacity}"
