@@ -145,7 +145,7 @@ def make_layers(
         turns = [stream.turns(phase) for phase in sizes.phases]
         # Whether each meeting of a layer, and the first of the next one, waits for what was stored. Attention looks at
         # q, k and v by itself, but not at its parts.
-        fenced = [not stream.loose(phase) for phase in sizes.phases]
+        fenced = [not stream.loose] * len(sizes.phases)
         fenced[len(sizes.before) : len(sizes.before)] = [False, True][:between]
         fenced.append(fenced[0])
 

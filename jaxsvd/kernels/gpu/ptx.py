@@ -312,6 +312,20 @@ def fetch_all(
     inline(types, run, target, table, barriers, slot, start, *entries)
 
 
+def _bulk(priority: str, both: bool = False) -> str:
+    """A copy in bulk of $2 bytes at $1 to shared memory at $0, of `both` blocks of a pair, which tells the barrier $3.
+
+    `priority` is what the second-level cache does with them: "evict_first" or "evict_last".
+    """
+    to, mask = (".multicast::cluster", ", both") if both else ("", "")
+    return (
+        "{ .reg .b16 both; .reg .b64 kept; mov.b16 both, 3; "
+        f"createpolicy.fractional.L2::{priority}.b64 kept, 1.0; "
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{to}.L2::cache_hint "
+        f"[$0], [$1], $2, [$3]{mask}, kept; }}"
+    )
+
+
 def _copy(rows: int, source: Callable[[Any], Any], size: Any, target: Any, pitch: int, barrier: Any) -> None:
     """`size` elements from the source of each row to shared memory, `pitch` elements apart."""
     i32 = ir.IntegerType.get_signless(32)
@@ -324,7 +338,8 @@ def _copy(rows: int, source: Callable[[Any], Any], size: Any, target: Any, pitch
         barrier.arrive_expect_tx(arith.muli(size, arith.constant(i32, rows)), predicate=first)
         row = arith.addi(shared(utils.memref_ptr(target)), arith.muli(at, arith.constant(i32, 2 * pitch)))
         perform(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+            # Weights, keys and values are read once: what blocks send each other must not make room for them.
+            _bulk("evict_first"),
             "r,l,r,r",
             row,
             source(at),
@@ -400,8 +415,7 @@ def share(
             real = arith.cmpi(arith.CmpIPredicate.slt, row, constant(rows))
             with utils.when(arith.andi(arith.andi(one, real), some)):
                 perform(
-                    "{ .reg .b16 both; mov.b16 both, 3; cp.async.bulk.shared::cluster.global.mbarrier"
-                    "::complete_tx::bytes.multicast::cluster [$0], [$1], $2, [$3], both; }",
+                    _bulk("evict_last", both=True),
                     "r,l,r,r",
                     *(shared(at(target, row, constant(place))), at(source, row, start), size, barrier),
                 )

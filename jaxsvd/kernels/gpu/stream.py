@@ -234,7 +234,6 @@ class Stream:
         if self._both:
             ptx.instruct("fence.proxy.async.global;")  # what other threads stored is read by copies in bulk
         squares = self._squares(phase.norm) if phase.norm else []
-        loose = self.loose(phase)
         for turn in range(self.turns(phase)):
             spans = phase.spans[turn * self.places :][: self.places]
             for place in range(self.places):
@@ -242,11 +241,11 @@ class Stream:
                     self.clear(place=place)
                 coming = place < len(spans)
                 if coming:
-                    self._bring(*spans[place], place, loose)
-                self._tell(place, coming and loose)
+                    self._bring(*spans[place], place)
+                self._tell(place, coming and self.loose)
             peeked = self.peek(squares, self._apiece) if turn == 0 else []  # they come while x does
             for place, span in enumerate(spans):
-                self._ensure(*span, place, number + turn, loose, len(spans) - 1 - place)
+                self._ensure(*span, place, number + turn, len(spans) - 1 - place)
             if turn == 0 and phase.norm:
                 self._scale(phase.norm, self.settle(squares, peeked, self._apiece))
             if self.interpret:
@@ -254,11 +253,11 @@ class Stream:
             else:
                 ptx.tell(self._arrived, self.places)
 
-    def _ensure(self, x: X, part: int, place: int, number: jax.Array, loose: bool, behind: int) -> None:
+    def _ensure(self, x: X, part: int, place: int, number: jax.Array, behind: int) -> None:
         """Wait for what was begun by `_bring`, `behind` which others were, in the `number`-th turn."""
         if self.interpret:
             return
-        if not loose:
+        if not self.loose:
             self._await(place, number)
             return
         if self._both:
@@ -268,12 +267,13 @@ class Stream:
         present.ensure(x.ref, x.start + part, self._held, place * SPAN, self._batch)
         ptx.tell(self._arrived, place)
 
-    def loose(self, phase: Phase) -> bool:
-        """Whether blocks meet before a phase without waiting for what they have stored: see `present`.
+    @property
+    def loose(self) -> bool:
+        """Whether blocks meet without waiting for what they have stored: see `present`.
 
-        Of sixteen rows, and of what is so wide that it comes in turns, too much would come too late.
+        Of sixteen rows too much would come too late.
         """
-        return self.turns(phase) == 1 and self.height in LOOSE
+        return self.height in LOOSE
 
     def _landed(self, place: int) -> int:
         """The barrier of copies in bulk to a place that are to be looked at before the place's own says they are there.
@@ -287,14 +287,14 @@ class Stream:
         for barrier in () if self.interpret else [place] * (not looked) + [self._landed(place)] * len(self._both):
             ptx.tell(self._arrived, barrier)
 
-    def _bring(self, x: X, part: int, place: int, loose: bool) -> None:
+    def _bring(self, x: X, part: int, place: int) -> None:
         """Start to copy a slot's inputs of x, from `part` on, to a place of what is held, and zeros behind its end.
 
         If blocks met loosely they are to be looked at: see `_ensure`.
         """
         start, left, at = x.start + part, x.width - part, place * SPAN
         if self._both:
-            barrier = self._landed(place) if loose else place
+            barrier = self._landed(place) if self.loose else place
             ptx.share(x.ref, start, left, self._held, at, self._batch, self._arrived, barrier, lax.axis_index(PAIR))
             return
         if not self.interpret:
