@@ -347,13 +347,14 @@ def test_several_rows_too_wide_to_be_held_at_once(ranks, wide, width, rows, rng)
 
 
 @kernel
-def test_many_heads_of_several_rows(rng):
-    """So many that the cache of a head is not cut: no parts have to be put together."""
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 64}
-    prompts = [rng.integers(0, 128, 3 + 40 * row).tolist() for row in range(3)]
-    engines = [engine_of("llama", "low-rank", backend, layers=1, **heads) for backend in (gpu(), XLA("cpu"))]
-    assert engines[0].model.decoder(3, 128) is not None
-    found, expected = (followed_all(engine, prompts, [[1, 2]] * 3)[1:] for engine in engines)
+@pytest.mark.parametrize(("queries", "width", "rows"), [(1, 64, 3), (1, 64, 2), (2, 128, 2), (12, 64, 2)])
+def test_many_heads_of_several_rows(queries, width, rows, rng):
+    """So many that the cache of a head is not cut, or, of two rows, has two parts: those of a pair of blocks."""
+    heads = {"num_attention_heads": 32 * queries, "num_key_value_heads": 32, "head_dim": width}
+    prompts = [rng.integers(0, 128, 3 + 90 * row // (rows - 1)).tolist() for row in range(rows)]
+    engines = [engine_of("llama", "low-rank", backend, layers=2, **heads) for backend in (gpu(), XLA("cpu"))]
+    assert engines[0].model.decoder(rows, 128) is not None
+    found, expected = (followed_all(engine, prompts, [[1, 2, 3]] * rows)[1:] for engine in engines)
     assert distance(found, expected) < 2e-2
 
 

@@ -19,12 +19,8 @@ from jaxsvd.kernels.gpu import flash, ptx
 from jaxsvd.kernels.gpu.layouts import full
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load
 from jaxsvd.kernels.gpu.regions import Piece
-from jaxsvd.kernels.gpu.shape import HEADS, TOKENS, WARPS, LayerShape, whole
+from jaxsvd.kernels.gpu.shape import HEADS, TOKENS, WARPS, LayerShape, splits, whole
 from jaxsvd.kernels.gpu.stream import Stream, share
-
-UNITS = 128  # parts of the cache that are attended to side by side, of all heads of keys: some one to a block
-SPLITS = 16  # of them per head of keys, at most
-
 
 Halves = Sequence[jax.Array]  # of one head (head_dim/2,), or of four (4, head_dim/2): RoPE pairs their elements
 
@@ -34,16 +30,12 @@ def four(i: int) -> Any:
     return pl.ds(i * WARPS, WARPS)
 
 
-def splits(kv_heads: int) -> int:
-    """Into how many parts the cache of a head of keys is cut, there being so many of all rows."""
-    return min(SPLITS, max(1, UNITS // kv_heads))
-
-
 @dataclass(frozen=True)
 class Attention:
     """The two steps. `vectors` bfloat16 holds q, k and v at `heads` of each row, and gets the result at `mixed`.
 
-    Where there is only one part of the cache of a head, `attend` gives the result, and `combine` is not needed.
+    Where there is only one part of the cache of a head, or a pair of blocks has its two, `attend` gives the result, and
+    `combine` is not needed.
     """
 
     shape: LayerShape
@@ -60,6 +52,7 @@ class Attention:
     mixed: int
     partial: Sequence[Any]  # what each part of the cache gives: see `partials`
     warps: Sequence[Any]  # in shared memory, what each warp gives: see `scratch`
+    handed: Sequence[Any]  # of a pair of blocks with the two parts of a head: see `pair_scratch`
 
     @staticmethod
     def partials(shape: LayerShape, batch: int) -> list[tuple[int, ...]]:
@@ -77,6 +70,11 @@ class Attention:
         """Queries, and of each warp the same as of a part: see `LayerShape.sides`."""
         queries, *warps = shape.sides
         return [plgpu.SMEM(queries, jnp.bfloat16), *(plgpu.SMEM(size, jnp.float32) for size in warps)]
+
+    @staticmethod
+    def pair_scratch(handed: tuple[int, ...] | None) -> list[Any]:
+        """What the first block of a pair is handed by the other, and the barrier of it: see `LayerShape.handed`."""
+        return [plgpu.SMEM(handed, jnp.float32), plgpu.SMEM((1, 2), jnp.int32)] if handed else []
 
     @property
     def half(self) -> int:
@@ -289,7 +287,8 @@ class Attention:
     ) -> None:
         """Put together what the warps have of a part and the new token: each warp for a head of four.
 
-        The results go to the `targets`, if there is but one part, else to `partial`.
+        The results go to the `targets`, if there is but one part, or the other one is that of the other block of a
+        pair, else to `partial`.
         """
         tops, totals, sides = self.warps[1:]
         stream.together()  # all have read what the part before has left there
@@ -299,6 +298,7 @@ class Attention:
                 ref.at[:, heads][...] = x
         stream.together()
         warps, one = range(WARPS), self.apart.reduce((1,))
+        mine = []
         for i, score in enumerate(scores):
             each = [*(load(tops.at[warp, four(i)], one) for warp in warps), score]
             top = reduce(jnp.maximum, each)
@@ -312,13 +312,42 @@ class Attention:
                 parts = [load(part, self.apart) * shrink for part, shrink in zip(at, shrinks, strict=True)]
                 halves.append(reduce(jnp.add, parts, self.across(x, 1) * new))
             if self.splits == 1:
-                for half, piece in zip(halves, targets[i], strict=True):
-                    stream.send(piece, (half / self.across(total, 0)).astype(jnp.bfloat16), self.apart)
+                self._send(stream, targets[i], halves, self.across(total, 0))
+                continue
+            if self.handed:
+                mine.append([self.across(top, 0), self.across(total, 0), *halves])
                 continue
             for ref, number in zip(self.partial, (top, total), strict=False):
                 ref.at[kv_head, split, four(i)][...] = number
             for start, half in zip((0, self.half), halves, strict=True):
                 self.partial[2].at[kv_head, split, four(i), pl.ds(start, self.half)][...] = half
+        if self.handed:
+            pl.when(split == 1)(lambda: self._hand(mine))
+            pl.when(split == 0)(lambda: self._take(stream, mine, targets))
+
+    def _send(self, stream: Stream, target: Sequence[Piece], halves: Halves, total: jax.Array) -> None:
+        """The result of four heads."""
+        for half, piece in zip(halves, target, strict=True):
+            stream.send(piece, (half / total).astype(jnp.bfloat16), self.apart)
+
+    def _hand(self, mine: Sequence[Sequence[jax.Array]]) -> None:
+        """What this block has of its part, to the first one of the pair."""
+        place, barrier = self.handed
+        for i, kinds in enumerate(mine):
+            for kind, x in enumerate(kinds):
+                ptx.hand(place.at[kind, four(i)], x, self.apart, barrier)
+
+    def _take(self, stream: Stream, mine: Sequence[Sequence[jax.Array]], targets: Sequence[Sequence[Piece]]) -> None:
+        """The results, of this block's part and what it is handed, once a layer."""
+        place, barrier = self.handed
+        ptx.expect(barrier, 4 * sum(x.size for kinds in mine for x in kinds))
+        ptx.wait(barrier, jnp.int32(0), lax.rem(self.layer, 2))
+        for i, (top, *sums) in enumerate(mine):
+            other, *others = (load(place.at[kind, four(i)], self.apart) for kind in range(4))
+            greatest = jnp.maximum(top, other)
+            own, its = jnp.exp(top - greatest), jnp.exp(other - greatest)
+            total, *halves = (x * own + y * its for x, y in zip(sums, others, strict=True))
+            self._send(stream, targets[i], halves, total)
 
     def combine(self) -> None:
         """Put the parts of each head together."""

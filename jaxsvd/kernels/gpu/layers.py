@@ -25,10 +25,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxsvd.kernels.gpu import present, ptx
-from jaxsvd.kernels.gpu.attention import Attention, splits
+from jaxsvd.kernels.gpu.attention import Attention
 from jaxsvd.kernels.gpu.perlayer import PerLayer, table
 from jaxsvd.kernels.gpu.products import Buffers, Products
-from jaxsvd.kernels.gpu.shape import ROWS, SLOTS, SPAN, LayerShape, aligned, height, ring, used
+from jaxsvd.kernels.gpu.shape import ROWS, SLOTS, SPAN, LayerShape, aligned, height, ring, splits, used
 from jaxsvd.kernels.gpu.stream import PAIR, Stream, squares
 
 # Of a thread that multiplies, and of those that copy: no more in all than 3·168, with which three warpgroups begin.
@@ -91,7 +91,9 @@ def make_layers(
     room = sizes.size
     pairs = [] if batch == 1 or interpret else [2]
     blocks = used(blocks, batch)
-    parted = splits(batch * shape.kv_heads) > 1  # whether the cache of a head is, and must be put together
+    handed = shape.handed(batch, blocks)
+    # Whether the cache of a head is, and must be put together by other blocks.
+    parted = splits(batch * shape.kv_heads) > 1 and handed is None
     between = 0 if alone else 1 + parted  # meetings of attention
     meetings = len(sizes.phases) + between  # of a layer
     matrices = sum(counts)  # of a layer
@@ -110,6 +112,7 @@ def make_layers(
         parts = [next(take) for _ in range(3)]
         tables = [None, None] if interpret else [next(take) for _ in range(2)]
         warps = [next(take) for _ in range(4)]
+        of_pair = [next(take) for _ in Attention.pair_scratch(handed)]
         counter = buffers.squares.at[0, pl.ds(4 * squares(hidden), 1)]
         block = lax.axis_index("block")
         for size in pairs:
@@ -128,8 +131,7 @@ def make_layers(
             return Attention(
                 *(shape, layer, block, blocks, batch, positions, angles, head_norms, cached),
                 *(buffers.vectors, products.heads, products.mixed),
-                parts,
-                warps,
+                *(parts, warps, of_pair),
             )
 
         def meet(layer: jax.Array, met: int) -> None:
@@ -218,6 +220,8 @@ def make_layers(
             limit(OTHERS, "decrease")
             publish(tables[0], weights)
             publish(tables[1], caches)
+            for barrier in of_pair[1:]:
+                ptx.prepare(barrier, 1)
             stream.open()
             stream.drain(lax.fori_loop(0, layers, fill, jnp.int32(0)))
 
@@ -228,6 +232,7 @@ def make_layers(
         scratch_types=[
             *tables,
             *Attention.scratch(shape),
+            *Attention.pair_scratch(handed),
             *Stream.scratch(slots, shape.held(batch), shape.swept(batch, blocks), bool(interpret)),
         ],
         grid=(blocks // math.prod(pairs),),

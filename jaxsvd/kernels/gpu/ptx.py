@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
+from jaxsvd.kernels.gpu.regions import offset
 from jaxsvd.kernels.gpu.shape import SPAN, WARPS
 
 NUMBER = plgpu.Layout.WG_SPLAT(())  # how a warpgroup holds ()
@@ -437,6 +438,36 @@ def tell(barriers: Any, number: Any, real: Any = 1) -> None:
 
     numbers = (jnp.asarray(each, jnp.int32) for each in (number, real))
     inline((plgpu.RefType(), NUMBER, NUMBER), run, barriers, *numbers)
+
+
+def hand(target: Any, values: jax.Array, layout: Any, barrier: Any) -> None:
+    """Store values where the first block of a pair has `target`, in its shared memory, and tell its barrier of them."""
+
+    def run(_: Any, target: Any, values: Any, barrier: Any) -> None:
+        own = shared(_barrier(barrier, arith.constant(ir.IntegerType.get_signless(32), 0)).get_ptr())
+        for index, register in zip(values.layout.thread_idxs(values.shape), values.registers.flat, strict=True):
+            count = ir.VectorType(register.type).shape[0]
+            several = f".v{count}" if count > 1 else ""
+            perform(
+                "{ .reg .b32 there, told; mapa.shared::cluster.u32 there, $0, 0; mapa.shared::cluster.u32 told, $1, 0; "
+                f"st.async.shared::cluster.mbarrier::complete_tx::bytes{several}.b32 "
+                f"[there], {{{', '.join(f'${2 + i}' for i in range(count))}}}, [told]; }}",
+                ",".join(["r"] * (2 + count)),
+                *(shared(pointer(target, offset(target, index))), own, *words(register, count)),
+            )
+
+    inline((plgpu.RefType(), layout, plgpu.RefType()), run, target, values, barrier)
+
+
+def expect(barrier: Any, size: int) -> None:
+    """Arrive at a barrier of one arrival, which ends its phase when so many bytes are there, too."""
+
+    def run(_: Any, barrier: Any) -> None:
+        first = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
+        i32 = ir.IntegerType.get_signless(32)
+        _barrier(barrier, arith.constant(i32, 0)).arrive_expect_tx(arith.constant(i32, size), predicate=first)
+
+    inline((plgpu.RefType(),), run, barrier)
 
 
 def cut() -> None:

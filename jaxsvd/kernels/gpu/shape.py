@@ -16,6 +16,8 @@ WIDEST = {1: sys.maxsize, 8: 4096, 16: 2048}  # inputs that are held at once of 
 APART = 32  # elements between rows in shared memory, lest all begin in the same bank
 TOKENS = 32  # in a tile of the cache: keys and values of heads of 128 fill a slot
 HEADS = 8  # of queries that attend to it at once: half of mma's rows, or its columns
+UNITS = 128  # parts of the cache that are attended to side by side, of all heads of keys: some one to a block
+SPLITS = 16  # of them per head of keys, at most
 UNIT = 16  # widths are whole ones: 32 bytes, where copies and loads may begin
 
 SHARED = 227 * 1024  # bytes of shared memory that a block may have on Hopper
@@ -57,6 +59,11 @@ def height(batch: int) -> int:
 def pitch(batch: int) -> int:
     """The elements from one row of a slot to the next. Beside several rows of x there is no room to set them apart."""
     return SPAN + (APART if batch == 1 else 0)
+
+
+def splits(kv_heads: int) -> int:
+    """Into how many parts the cache of a head of keys is cut, there being so many of all rows."""
+    return min(SPLITS, max(1, UNITS // kv_heads))
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,16 @@ class LayerShape:
         heads, width = self.together, self.head_dim
         return [(heads, width), (WARPS, heads), (WARPS, heads), (WARPS, heads, width)]
 
+    def handed(self, batch: int, blocks: int) -> tuple[int, ...] | None:
+        """The shape of what a block hands the first of its pair there, float32, if they have the two parts of a head.
+
+        So it is where the cache of each head has two parts, and each block has one of them, at most.
+        """
+        units = 2 * batch * self.kv_heads
+        if batch == 1 or splits(batch * self.kv_heads) != 2 or units > blocks:
+            return None
+        return 4, self.together, self.head_dim // 2
+
     def obstacle(self, layers: int, batch: int, capacity: int, blocks: int) -> str | None:
         """Why the kernel can't run so many layers of this shape with a cache for so many tokens a row, or None.
 
@@ -209,7 +226,8 @@ def ring(shape: LayerShape, layers: int, batch: int, blocks: int) -> int:
     rows, width = shape.held(batch)
     tables = 8 * layers * sum(shape.matrices), 8 * layers * 2
     queries, *warps = map(math.prod, shape.sides)
-    sides = 2 * queries, *(4 * size for size in warps)
+    handed = shape.handed(batch, blocks)
+    sides = 2 * queries, *(4 * size for size in warps), *((4 * math.prod(handed), 8) if handed else ())
     barriers = 8 * SLOTS, 8 * SLOTS, 8 * (2 * (width // SPAN) + 1)
     sums = 4 * WARPS * rows * ROWS * shape.swept(batch, blocks)
     sizes = 2 * rows * width, 4 * rows, *barriers, *tables, *sides, sums
