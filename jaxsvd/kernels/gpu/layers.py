@@ -111,13 +111,13 @@ def make_layers(
         buffers = Buffers(*(next(take) for _ in range(3)))
         parts = [next(take) for _ in range(3)]
         tables = [None, None] if interpret else [next(take) for _ in range(2)]
-        warps = [next(take) for _ in range(4)]
+        sums, warps = next(take)
         of_pair = [next(take) for _ in Attention.pair_scratch(handed)]
         counter = buffers.squares.at[0, pl.ds(4 * squares(hidden), 1)]
         block = lax.axis_index("block")
         for size in pairs:
             block = block * size + lax.axis_index(PAIR)
-        stream = Stream(block, blocks, batch, slots, list(take), bool(interpret))
+        stream = Stream(block, blocks, batch, slots, [sums, *take], bool(interpret))
 
         def of(layer: jax.Array) -> Products:
             """A layer's products."""
@@ -225,15 +225,17 @@ def make_layers(
             stream.open()
             stream.drain(lax.fori_loop(0, layers, fill, jnp.int32(0)))
 
+    sums = Stream.sums_scratch(shape.held(batch), shape.swept(batch, blocks))
     tables = [] if interpret else [table(layers * matrices), table(layers * 2)]
     kernel = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(size, jnp.float32) for size in Attention.partials(shape, batch)],
         scratch_types=[
             *tables,
-            *Attention.scratch(shape),
+            # In the same place: a block's warps meet before attention stores anything there, and before products do.
+            plgpu.RefUnion(sums, Attention.scratch(shape)),
             *Attention.pair_scratch(handed),
-            *Stream.scratch(slots, shape.held(batch), shape.swept(batch, blocks), bool(interpret)),
+            *Stream.scratch(slots, shape.held(batch), bool(interpret)),
         ],
         grid=(blocks // math.prod(pairs),),
         grid_names=("block",),

@@ -226,11 +226,12 @@ def ring(shape: LayerShape, layers: int, batch: int, blocks: int) -> int:
     rows, width = shape.held(batch)
     tables = 8 * layers * sum(shape.matrices), 8 * layers * 2
     queries, *warps = map(math.prod, shape.sides)
+    attending = sum(whole(size, ALIGNED) for size in (2 * queries, *(4 * size for size in warps)))
     handed = shape.handed(batch, blocks)
-    sides = 2 * queries, *(4 * size for size in warps), *((4 * math.prod(handed), 8) if handed else ())
+    pair = (4 * math.prod(handed), 8) if handed else ()
     barriers = 8 * SLOTS, 8 * SLOTS, 8 * (2 * (width // SPAN) + 1)
     sums = 4 * WARPS * rows * ROWS * shape.swept(batch, blocks)
-    sizes = 2 * rows * width, 4 * rows, *barriers, *tables, *sides, sums
+    sizes = 2 * rows * width, 4 * rows, *barriers, *tables, *pair, max(sums, attending)  # one in the place of the other
     taken = ALIGNED + sum(whole(size, ALIGNED) for size in sizes)  # Pallas has barriers of its own
     return min(SLOTS, (SHARED - taken) // (2 * ROWS * pitch(batch)))
 

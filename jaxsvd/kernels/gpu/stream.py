@@ -58,18 +58,22 @@ class Stream:
         self, block: jax.Array, blocks: int, batch: int, slots: int, scratch: Sequence[Any], interpret: bool
     ) -> None:
         self._block, self._blocks, self._batch, self._slots, self.interpret = block, blocks, batch, slots, interpret
-        self._ring, self._held, self._scales, self.sums, *barriers = scratch
+        self.sums, self._ring, self._held, self._scales, *barriers = scratch
         self._full, self._empty, self._ready, self._left, self._arrived, *self._both = barriers
 
     @staticmethod
-    def scratch(slots: int, held: tuple[int, int], swept: int, interpret: bool) -> list[Any]:
-        """What a block needs in shared memory; `held` is the shape of a phase's x. See `LayerShape`."""
+    def sums_scratch(held: tuple[int, int], swept: int) -> Any:
+        """What a block needs in shared memory while it multiplies: see `LayerShape`."""
+        return plgpu.SMEM((swept, *sums_shape(held[0])), jnp.float32)
+
+    @staticmethod
+    def scratch(slots: int, held: tuple[int, int], interpret: bool) -> list[Any]:
+        """What else it needs there; `held` is the shape of a phase's x."""
         spans = held[1] // SPAN
         return [
             plgpu.SMEM((slots, ROWS, SPAN if interpret else pitch(held[0])), jnp.bfloat16),
             plgpu.SMEM(held, jnp.bfloat16),
             plgpu.SMEM(held[:1], jnp.float32),
-            plgpu.SMEM((swept, *sums_shape(held[0])), jnp.float32),
             *[plgpu.Barrier(num_barriers=slots) if interpret else plgpu.SMEM((slots, 2), jnp.int32)] * 2,
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=1 + (spans if held[0] > 1 else 0)),  # Pallas has room for 32
