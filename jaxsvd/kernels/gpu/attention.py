@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxsvd.kernels.gpu import flash, ptx
+from jaxsvd.kernels.gpu import copies, flash, ptx
 from jaxsvd.kernels.gpu.layouts import full
 from jaxsvd.kernels.gpu.perlayer import PerLayer, load
 from jaxsvd.kernels.gpu.regions import Piece
@@ -335,7 +335,7 @@ class Attention:
         place, barrier = self.handed
         for i, kinds in enumerate(mine):
             for kind, x in enumerate(kinds):
-                ptx.hand(place.at[kind, four(i)], x, self.apart, barrier)
+                copies.hand(place.at[kind, four(i)], x, self.apart, barrier)
 
     def _take(self, stream: Stream, mine: Sequence[Sequence[jax.Array]], targets: Sequence[Sequence[Piece]]) -> None:
         """The results, of this block's part and what it is handed, once a layer."""

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxsvd.kernels.gpu import present, ptx
+from jaxsvd.kernels.gpu import copies, present, ptx
 from jaxsvd.kernels.gpu.attention import Attention
 from jaxsvd.kernels.gpu.perlayer import PerLayer, table
 from jaxsvd.kernels.gpu.products import Buffers, Products
@@ -195,7 +195,7 @@ def make_layers(
 
         def publish(table: Any, arrays: Sequence[Sequence[Any]]) -> None:
             if table is not None:
-                ptx.publish(table, [ref for refs in arrays for ref in refs])
+                copies.publish(table, [ref for refs in arrays for ref in refs])
 
         def limit(registers: int, action: Any) -> None:
             if not interpret:

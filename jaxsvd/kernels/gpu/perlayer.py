@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxsvd.kernels.gpu import ptx
+from jaxsvd.kernels.gpu import copies
 from jaxsvd.kernels.gpu.shape import SPAN
 
 
@@ -67,7 +67,7 @@ class PerLayer:
         """Write a region, all layers having the same shape."""
         if self.table is not None:
             offset, strides = self._place(index)
-            ptx.store(self.table, self.first + self.layer, offset, strides, values, layout)
+            copies.store(self.table, self.first + self.layer, offset, strides, values, layout)
             return
 
         def write(ref: Any) -> None:
@@ -83,13 +83,13 @@ class PerLayer:
         """
         if self.table is not None:
             size = jnp.minimum(SPAN, width - column)
-            ptx.fetch(self.table, self.first + self.layer, row * width + column, width, size, target, full, slot)
+            copies.fetch(self.table, self.first + self.layer, row * width + column, width, size, target, full, slot)
             return
         # Here the copy reads zeros behind the edge.
         region = pl.ds(row, target.shape[0]), pl.ds(column, SPAN)
         self._each(lambda ref: plgpu.copy_gmem_to_smem(ref.at[region], target, full.at[slot]))
 
     def fetch_with(self, other: "PerLayer", start: jax.Array, size: int, slot: Any, full: Any, number: Any) -> None:
-        """Start to copy elements of this layer's array and the same ones of another's: see `ptx.fetch_all`."""
+        """Start to copy elements of this layer's array and the same ones of another's: see `copies.fetch_all`."""
         entries = [each.first + self.layer for each in (self, other)]
-        ptx.fetch_all(self.table, entries, start, size, slot, full, number)
+        copies.fetch_all(self.table, entries, start, size, slot, full, number)

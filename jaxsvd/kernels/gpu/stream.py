@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxsvd.kernels.gpu import present, ptx
+from jaxsvd.kernels.gpu import copies, present, ptx
 from jaxsvd.kernels.gpu.layouts import APIECE, TILE, full, inputs, partial_sums, strided, sums_shape
 from jaxsvd.kernels.gpu.perlayer import load
 from jaxsvd.kernels.gpu.phases import Norm, Phase, Streamed, Tiles, X
@@ -299,11 +299,11 @@ class Stream:
         start, left, at = x.start + part, x.width - part, place * SPAN
         if self._both:
             barrier = self._landed(place) if self.loose else place
-            ptx.share(x.ref, start, left, self._held, at, self._batch, self._arrived, barrier, lax.axis_index(PAIR))
+            copies.share(x.ref, start, left, self._held, at, self._batch, self._arrived, barrier, lax.axis_index(PAIR))
             return
         if not self.interpret:
-            ptx.bring(x.ref, start, left, self._held, at)
-            ptx.cut()
+            copies.bring(x.ref, start, left, self._held, at)
+            copies.cut()
             return
 
         def row(i: jax.Array, _: None) -> None:
