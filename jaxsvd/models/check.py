@@ -33,7 +33,7 @@ def check(model: Llama) -> None:
     # All but one of the rows that a kernel takes: what belongs to no row is there too.
     batches = [batch for batch in (max(1, size - 1) for size in fused.sizes) if not model.obstacle(batch, CAPACITY)]
     most, heads = batches[-1], model.config.num_kv_heads
-    last = LAST - 2 * jnp.arange(most)  # of each row
+    last = LAST - jnp.arange(most)  # of each row
     graph, state = nnx.split(model)
     tokens = (jnp.arange(LAST + 1) + 7 * jnp.arange(most)[:, None]) % model.config.vocab_size
 

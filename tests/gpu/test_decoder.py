@@ -154,7 +154,7 @@ def test_positions(position, capacity, layers, rng):
 
 
 @kernel
-@pytest.mark.parametrize("batch", [1, 8, 16])
+@pytest.mark.parametrize("batch", [1, 2, 8, 16])
 @pytest.mark.parametrize("keep", [0.8, None])
 @pytest.mark.parametrize("name", CONFIGS_OF_MODELS)
 def test_the_kernel_of_every_named_model_fits_into_shared_memory(name, keep, batch):
@@ -347,12 +347,15 @@ def test_several_rows_too_wide_to_be_held_at_once(ranks, wide, width, rows, rng)
 
 
 @kernel
-@pytest.mark.parametrize(("queries", "width", "rows"), [(1, 64, 3), (1, 64, 2), (2, 128, 2), (12, 64, 2)])
-def test_many_heads_of_several_rows(queries, width, rows, rng):
-    """So many that the cache of a head is not cut, or, of two rows, has two parts: those of a pair of blocks."""
-    heads = {"num_attention_heads": 32 * queries, "num_key_value_heads": 32, "head_dim": width}
+@pytest.mark.parametrize(
+    ("heads", "queries", "width", "rows"),
+    [(32, 1, 64, 3), (32, 1, 64, 2), (32, 2, 128, 2), (32, 12, 64, 2), (4, 3, 64, 12)],
+)
+def test_many_heads_of_several_rows(heads, queries, width, rows, rng):
+    """So many that the cache of a head is not cut, or else has two parts: those of a pair of blocks."""
+    sizes = {"num_attention_heads": heads * queries, "num_key_value_heads": heads, "head_dim": width}
     prompts = [rng.integers(0, 128, 3 + 90 * row // (rows - 1)).tolist() for row in range(rows)]
-    engines = [engine_of("llama", "low-rank", backend, layers=2, **heads) for backend in (gpu(), XLA("cpu"))]
+    engines = [engine_of("llama", "low-rank", backend, layers=2, **sizes) for backend in (gpu(), XLA("cpu"))]
     assert engines[0].model.decoder(rows, 128) is not None
     found, expected = (followed_all(engine, prompts, [[1, 2, 3]] * rows)[1:] for engine in engines)
     assert distance(found, expected) < 2e-2

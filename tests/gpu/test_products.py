@@ -3,12 +3,13 @@
 from types import SimpleNamespace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
 from jaxsvd.config import ModelConfig
 from jaxsvd.kernels.gpu import GPU, layer_shapes
-from jaxsvd.kernels.gpu.shape import ROWS, SIZES, SPAN, WARPS, WIDEST, aligned, whole
+from jaxsvd.kernels.gpu.shape import ROWS, SIZES, SPAN, WARPS, WIDEST, aligned, used, whole
 from jaxsvd.models import build
 from jaxsvd.weights import AbstractWeights
 
@@ -120,6 +121,27 @@ def test_all_sums_have_room_where_x_is_held_in_turns(ranks, wide, blocks, batch)
                 most = -(-tiles.count // blocks) if all_at_once else 1
                 assert whole(most, WARPS) <= shape.swept(batch, blocks) // len(tiles.members)
     assert turns >= 3
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 32])
+@pytest.mark.parametrize("cores", [78, 114, 132])
+def test_a_pair_of_blocks_has_the_two_parts_of_a_head(cores, kv_heads):
+    """Of each layer the first hears of the second once, as it waits for it, and of the same head."""
+    from jaxsvd.kernels.gpu.attention import Attention
+
+    shape = shapes_of("dense", num_attention_heads=kv_heads, num_key_value_heads=kv_heads)[0]
+    cache = SimpleNamespace(refs=[np.zeros((0, 512, 128))])
+    handed = [batch for batch in range(1, 17) if shape.handed(batch, used(cores, batch))]
+    for batch in handed:
+        blocks, nothing = used(cores, batch), [None] * 5
+        for block in range(blocks):
+            given = np.full(batch, 300), [], [], [cache]
+            attention = Attention(shape, 0, block, blocks, batch, *given, *nothing, [])
+            mine = int(attention.mine(attention.kv_heads * attention.splits))
+            assert mine == (block < 2 * attention.kv_heads)
+            if mine:
+                assert tuple(map(int, attention.part(block)))[:2] == (block // 2, block % 2)
+    assert bool(handed) == (kv_heads in {132: (4, 8, 32), 114: (4, 8), 78: ()}[cores])
 
 
 @pytest.mark.parametrize("batch", SIZES)

@@ -1,7 +1,8 @@
-"""Attention of each row's new token to the cache, dealt out to the blocks: two steps, a meeting between them.
+"""Attention of each row's new token to the cache, dealt out to the blocks: two steps, or one.
 
 This is split-K flash decoding (Dao et al. 2023) for grouped queries: each block takes some heads of keys and some
-tokens, and the queries of a head of keys share what it reads.
+tokens, and the queries of a head of keys share what it reads. In a second step, behind a meeting, the parts of a head
+are put together, unless there is but one, or a pair of blocks has its two.
 """
 
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Attention:
     mixed: int
     partial: Sequence[Any]  # what each part of the cache gives: see `partials`
     warps: Sequence[Any]  # in shared memory, what each warp gives: see `scratch`
-    handed: Sequence[Any]  # of a pair of blocks with the two parts of a head: see `pair_scratch`
+    of_pair: Sequence[Any]  # where its two blocks have the two parts of a head: see `pair_scratch`
 
     @staticmethod
     def partials(shape: LayerShape, batch: int) -> list[tuple[int, ...]]:
@@ -314,14 +315,14 @@ class Attention:
             if self.splits == 1:
                 self._send(stream, targets[i], halves, self.across(total, 0))
                 continue
-            if self.handed:
+            if self.of_pair:
                 mine.append([self.across(top, 0), self.across(total, 0), *halves])
                 continue
             for ref, number in zip(self.partial, (top, total), strict=False):
                 ref.at[kv_head, split, four(i)][...] = number
             for start, half in zip((0, self.half), halves, strict=True):
                 self.partial[2].at[kv_head, split, four(i), pl.ds(start, self.half)][...] = half
-        if self.handed:
+        if self.of_pair:
             pl.when(split == 1)(lambda: self._hand(mine))
             pl.when(split == 0)(lambda: self._take(stream, mine, targets))
 
@@ -331,15 +332,18 @@ class Attention:
             stream.send(piece, (half / total).astype(jnp.bfloat16), self.apart)
 
     def _hand(self, mine: Sequence[Sequence[jax.Array]]) -> None:
-        """What this block has of its part, to the first one of the pair."""
-        place, barrier = self.handed
+        """What this block has of its part, to the first one of the pair.
+
+        That one has read what it was handed a layer before: since then it has left its x, for which both wait.
+        """
+        place, barrier = self.of_pair
         for i, kinds in enumerate(mine):
             for kind, x in enumerate(kinds):
                 copies.hand(place.at[kind, four(i)], x, self.apart, barrier)
 
     def _take(self, stream: Stream, mine: Sequence[Sequence[jax.Array]], targets: Sequence[Sequence[Piece]]) -> None:
         """The results, of this block's part and what it is handed, once a layer."""
-        place, barrier = self.handed
+        place, barrier = self.of_pair
         ptx.expect(barrier, 4 * sum(x.size for kinds in mine for x in kinds))
         ptx.wait(barrier, jnp.int32(0), lax.rem(self.layer, 2))
         for i, (top, *sums) in enumerate(mine):

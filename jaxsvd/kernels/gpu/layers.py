@@ -6,7 +6,8 @@ a layer. Here the blocks stay, one on each multiprocessor. While one warpgroup s
 (`jaxsvd.kernels.gpu.stream`), another multiplies it with what a third brings; between two products that depend on each
 other all blocks meet at a counter in global memory, and meanwhile the ring fills. Of up to eight rows they mostly do
 not wait there for what they send each other to arrive, as its reader sees whether it has
-(`jaxsvd.kernels.gpu.present`), and of sixteen not for q, k and v. Of several, pairs of blocks share what they bring.
+(`jaxsvd.kernels.gpu.present`), and of sixteen not for q, k and v. Of several, pairs of blocks share what they bring,
+and put together what they have of a head.
 
 Sums, norms, RoPE and the residual stream are float32; what one product gives to the next is bfloat16, in attention too.
 """
@@ -92,7 +93,7 @@ def make_layers(
     pairs = [] if batch == 1 or interpret else [2]
     blocks = used(blocks, batch)
     handed = shape.handed(batch, blocks)
-    # Whether the cache of a head is, and must be put together by other blocks.
+    # Whether the cache of a head is in parts that others than a pair of blocks put together.
     parted = splits(batch * shape.kv_heads) > 1 and handed is None
     between = 0 if alone else 1 + parted  # meetings of attention
     meetings = len(sizes.phases) + between  # of a layer
@@ -110,7 +111,7 @@ def make_layers(
         caches = [[next(take) for _ in range(layers)] for _ in range(2)]
         buffers = Buffers(*(next(take) for _ in range(3)))
         parts = [next(take) for _ in range(3)]
-        tables = [None, None] if interpret else [next(take) for _ in range(2)]
+        addresses = None if interpret else next(take)
         sums, warps = next(take)
         of_pair = [next(take) for _ in Attention.pair_scratch(handed)]
         counter = buffers.squares.at[0, pl.ds(4 * squares(hidden), 1)]
@@ -121,13 +122,13 @@ def make_layers(
 
         def of(layer: jax.Array) -> Products:
             """A layer's products."""
-            arrays = (PerLayer(refs, layer, tables[0], i * layers) for i, refs in enumerate(weights))
+            arrays = (PerLayer(refs, layer, addresses, i * layers) for i, refs in enumerate(weights))
             groups = [list(islice(arrays, count)) for count in counts]
             given = shape if ranked is None else shape.of([ranked[layer, i] for i in range(len(shape.ranks))])
             return Products(given, layer, layers, groups, norms, buffers, stream, rows, room, alone)
 
         def attention_of(layer: jax.Array, products: Products) -> Attention:
-            cached = [PerLayer(refs, layer, tables[1], i * layers) for i, refs in enumerate(caches)]
+            cached = [PerLayer(refs, layer, addresses, i * layers) for i, refs in enumerate(caches, matrices)]
             return Attention(
                 *(shape, layer, block, blocks, batch, positions, angles, head_norms, cached),
                 *(buffers.vectors, products.heads, products.mixed),
@@ -193,10 +194,6 @@ def make_layers(
             count = attention_of(layer, products).fill(stream, count) if between else count
             return stream.fill(count, phases[before:], deals[before:])
 
-        def publish(table: Any, arrays: Sequence[Sequence[Any]]) -> None:
-            if table is not None:
-                copies.publish(table, [ref for refs in arrays for ref in refs])
-
         def limit(registers: int, action: Any) -> None:
             if not interpret:
                 plgpu.set_max_registers(registers, action=action)
@@ -218,15 +215,15 @@ def make_layers(
         @pl.when(lax.axis_index("thread") == 2)
         def copy() -> None:
             limit(OTHERS, "decrease")
-            publish(tables[0], weights)
-            publish(tables[1], caches)
+            if addresses is not None:
+                copies.publish(addresses, [ref for refs in (*weights, *caches) for ref in refs])
             for barrier in of_pair[1:]:
                 ptx.prepare(barrier, 1)
             stream.open()
             stream.drain(lax.fori_loop(0, layers, fill, jnp.int32(0)))
 
     sums = Stream.sums_scratch(shape.held(batch), shape.swept(batch, blocks))
-    tables = [] if interpret else [table(layers * matrices), table(layers * 2)]
+    tables = [] if interpret else [table(layers * (matrices + 2))]
     kernel = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(size, jnp.float32) for size in Attention.partials(shape, batch)],

@@ -193,7 +193,7 @@ class LayerShape:
         units = 2 * batch * self.kv_heads
         if batch == 1 or splits(batch * self.kv_heads) != 2 or units > blocks:
             return None
-        return 4, self.together, self.head_dim // 2
+        return 4, whole(self.heads // self.kv_heads, WARPS), self.head_dim // 2
 
     def obstacle(self, layers: int, batch: int, capacity: int, blocks: int) -> str | None:
         """Why the kernel can't run so many layers of this shape with a cache for so many tokens a row, or None.
@@ -224,14 +224,14 @@ def used(blocks: int, batch: int) -> int:
 def ring(shape: LayerShape, layers: int, batch: int, blocks: int) -> int:
     """The slots for which shared memory has room, beside addresses, the greatest x, sums, and what attention needs."""
     rows, width = shape.held(batch)
-    tables = 8 * layers * sum(shape.matrices), 8 * layers * 2
+    table = 8 * layers * (sum(shape.matrices) + 2)  # keys and values too
     queries, *warps = map(math.prod, shape.sides)
     attending = sum(whole(size, ALIGNED) for size in (2 * queries, *(4 * size for size in warps)))
     handed = shape.handed(batch, blocks)
     pair = (4 * math.prod(handed), 8) if handed else ()
     barriers = 8 * SLOTS, 8 * SLOTS, 8 * (2 * (width // SPAN) + 1)
     sums = 4 * WARPS * rows * ROWS * shape.swept(batch, blocks)
-    sizes = 2 * rows * width, 4 * rows, *barriers, *tables, *pair, max(sums, attending)  # one in the place of the other
+    sizes = 2 * rows * width, 4 * rows, *barriers, table, *pair, max(sums, attending)  # one in the place of the other
     taken = ALIGNED + sum(whole(size, ALIGNED) for size in sizes)  # Pallas has barriers of its own
     return min(SLOTS, (SHARED - taken) // (2 * ROWS * pitch(batch)))
 
