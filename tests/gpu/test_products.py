@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxsvd.config import ModelConfig
 from jaxsvd.kernels.gpu import GPU, layer_shapes
-from jaxsvd.kernels.gpu.shape import ROWS, SIZES, SPAN, WARPS, WIDEST, aligned, used, whole
+from jaxsvd.kernels.gpu.shape import ROWS, SIZES, SPAN, WARPS, WIDEST, aligned, used
 from jaxsvd.models import build
 from jaxsvd.weights import AbstractWeights
 
@@ -119,8 +119,23 @@ def test_all_sums_have_room_where_x_is_held_in_turns(ranks, wide, blocks, batch)
             turns += all_at_once
             for tiles in phase.tiles:
                 most = -(-tiles.count // blocks) if all_at_once else 1
-                assert whole(most, WARPS) <= shape.swept(batch, blocks) // len(tiles.members)
+                assert max(most, WARPS) <= shape.swept(batch, blocks) // len(tiles.members)
     assert turns >= 3
+
+
+@pytest.mark.parametrize("size", range(14))
+def test_fours_of_tiles_are_all_of_them_and_read_no_others(size):
+    """But where there are less than four, which have room nevertheless."""
+    from jaxsvd.kernels.gpu.sweep import Sweep, fours
+
+    sweep = Sweep(SimpleNamespace(turns=lambda phase: 2), None, None, None, None)
+    number, found = int(fours(jnp.int32(size))), []
+    for i in range(number):
+        begin, count = map(int, sweep._four(jnp.int32(size), jnp.int32(i)))
+        assert begin >= 0 and 1 <= count <= WARPS and begin + WARPS <= max(size, WARPS)
+        found += range(begin, begin + count)
+    assert found == list(range(size))
+    assert int(sweep._four(jnp.int32(size), jnp.int32(number))[1]) == 0
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 32])

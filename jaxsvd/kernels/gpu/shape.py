@@ -161,11 +161,11 @@ class LayerShape:
         return height(batch), max(group.held(widest(batch)) for group in self.groups) + (APART if batch > 1 else 0)
 
     def swept(self, batch: int, blocks: int) -> int:
-        """The tiles whose sums a block holds at once: at most four, or all if x comes in turns. Of pairs twice that."""
+        """The tiles whose sums a block holds at once: four, or more if x comes in turns, all. Of pairs twice that."""
         found, limit = [], widest(batch)
 
         def add(inputs: int, outputs: int, members: int) -> None:
-            found.append(members * (whole(tiles(outputs, blocks), WARPS) if inputs > limit else WARPS))
+            found.append(members * (max(WARPS, tiles(outputs, blocks)) if inputs > limit else WARPS))
 
         for group in self.groups:
             pair = 2 if group is self.gate_up else 1  # of tiles

@@ -99,7 +99,8 @@ class Sweep:
 
         def end(i: jax.Array, early: Any) -> Any:
             after = self.tiles.early(self._rows(start, size, i + 1)) if self._turns > 1 else early
-            sums = [self._total(i, member) for member in members]
+            begin, _ = self._four(size, i)
+            sums = [self._total(begin, member) for member in members]
             rows = self._rows(start, size, i)
             self.tiles.store(rows, list(map(stream.scaled, sums)) if self.phase.norm else sums, early)
             return after
@@ -170,8 +171,19 @@ class Sweep:
 
     def _rows(self, start: Any, size: jax.Array, i: Any) -> Rows:
         """Those of the i-th four of some tiles, or, if there are none, any that are to be read only."""
-        row = jnp.minimum(self._row(start + i * WARPS), self.tiles.rows - ROWS)
-        return Rows(row, self.stream.apart, size - i * WARPS)
+        begin, count = self._four(size, i)
+        row = jnp.minimum(self._row(start + begin), self.tiles.rows - ROWS)
+        return Rows(row, self.stream.apart, count)
+
+    def _four(self, size: jax.Array, i: Any) -> tuple[Any, jax.Array]:
+        """The first of the i-th four of so many tiles, and how many they are.
+
+        Less than four are the first ones, as sums of other tiles lie behind theirs: behind the last ones is nothing.
+        """
+        if self._turns == 1:  # then there are no more
+            return 0, size
+        begin, end = (jnp.maximum(size - WARPS * (fours(size) - n), 0) for n in (i, i + 1))
+        return begin, jnp.minimum(end, size) - begin
 
     def _slots(self, members: list[int]) -> Any:
         """How many slots a tile takes of each of some that read the same x."""
@@ -185,12 +197,12 @@ class Sweep:
         """Those of each warp of a tile."""
         return self.stream.sums.at[self._place(i, member)]
 
-    def _total(self, i: jax.Array, member: int) -> jax.Array:
-        """Those of all warps of the i-th four tiles, a tile to a warp."""
-        tiles, layout = pl.ds(self._place(i * WARPS, member), WARPS), partial_sums(self.stream.height)
+    def _total(self, begin: Any, member: int) -> jax.Array:
+        """Those of all warps of four tiles, a tile to a warp."""
+        tiles, layout = pl.ds(self._place(begin, member), WARPS), partial_sums(self.stream.height)
         return reduce(jnp.add, [load(self.stream.sums.at[tiles, warp], layout) for warp in range(WARPS)])
 
 
 def fours(tiles: jax.Array) -> jax.Array:
-    """How many fours they are, the last of which may be less."""
+    """How many fours they are, one of which may be less than four."""
     return lax.div(tiles + (WARPS - 1), WARPS)
