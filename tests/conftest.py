@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests take nothing from the Hub; the demo model has another source
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two workers on two cores: its threads would wait in spins
+os.environ.setdefault("NPROC", "8")  # Pallas' interpreter hangs where JAX has fewer threads than a block has warpgroups
 
 import numpy as np
 import pytest

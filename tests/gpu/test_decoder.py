@@ -1,7 +1,7 @@
 """The backend for GPUs: its kernel on such a GPU where there is one, else in Pallas' interpreter.
 
-The kernel's tests want jax 0.11, hence Python 3.12. Interpreted they take a quarter of an hour on two cores, and need
-NPROC=8 in the environment: the interpreter hangs where JAX has fewer threads than a block has warpgroups.
+The kernel's tests want jax 0.11, hence Python 3.12: `make test PYTHON=python3.12` in a fresh clone. Interpreted they
+take half an hour on two cores.
 """
 
 import dataclasses
