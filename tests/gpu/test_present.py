@@ -46,7 +46,7 @@ def exchange():
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from jaxsvd.kernels.gpu import present, ptx
+    from jaxsvd.kernels.gpu import copies, present, ptx
     from jaxsvd.kernels.gpu.layouts import strided
     from jaxsvd.kernels.gpu.perlayer import load
 
@@ -66,8 +66,8 @@ def exchange():
         def wait():
             peeked = present.peek([sent.at[1]], layouts[0]), present.peek([numbers.at[0]], layouts[1])
             for part in (0, SPAN):
-                ptx.bring(sent, jnp.int32(part), jnp.int32(SPAN), held, part)
-                ptx.cut()
+                copies.bring(sent, jnp.int32(part), jnp.int32(SPAN), held, part)
+                copies.cut()
             for row in range(ROWS):
                 some.at[row, pl.ds(SPAN, SPAN)][...] = load(many.at[row, pl.ds(SPAN, SPAN)], layouts[0])
             for behind, part in ((1, 0), (0, SPAN)):
