@@ -15,7 +15,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from jaxsvd.kernels.gpu.ptx import NUMBER, barrier_of, inline, instruct, perform, pointer, shared, thread, words
+from jaxsvd.kernels.gpu.ptx import (
+    NUMBER,
+    barrier_of,
+    inline,
+    instruct,
+    perform,
+    pointer,
+    shared,
+    thread,
+    warp_and_lane,
+    words,
+)
 from jaxsvd.kernels.gpu.regions import offset
 from jaxsvd.kernels.gpu.shape import SPAN, WARPS
 
@@ -110,9 +121,8 @@ def fetch_all(
             return _found(table, entry, start.registers.item())
 
         pitch = math.prod(ir.MemRefType(target.type).shape) // len(entries)
-        _copy(
-            len(entries), source, arith.constant(i32, size), target, pitch, barrier_of(barriers, slot.registers.item())
-        )
+        barrier = barrier_of(barriers, slot.registers.item())
+        _copy(len(entries), source, arith.constant(i32, size), target, pitch, barrier)
 
     types = (plgpu.RefType(),) * 3 + (NUMBER,) * (2 + len(entries))
     inline(types, run, target, table, barriers, slot, start, *entries)
@@ -135,8 +145,8 @@ def _copy(rows: int, source: Callable[[Any], Any], size: Any, target: Any, pitch
     """`size` elements from the source of each row to shared memory, `pitch` elements apart."""
     i32 = ir.IntegerType.get_signless(32)
     # One thread for each row, in all warps alike: those of a warp copy one after the other.
-    warp, lane = (op(thread(), arith.constant(i32, utils.WARP_SIZE)) for op in (arith.divui, arith.remui))
-    at = arith.addi(arith.muli(lane, arith.constant(i32, utils.WARPGROUP_SIZE // utils.WARP_SIZE)), warp)
+    warp, lane = warp_and_lane()
+    at = arith.addi(arith.muli(lane, arith.constant(i32, WARPS)), warp)
     size = arith.muli(size, arith.constant(i32, 2))
     with utils.when(arith.cmpi(arith.CmpIPredicate.ult, at, arith.constant(i32, rows))):
         first = arith.cmpi(arith.CmpIPredicate.eq, thread(), arith.constant(i32, 0))
@@ -179,6 +189,11 @@ def bring(source: Any, start: Any, left: Any, target: Any, place: int) -> None:
     inline((plgpu.RefType(),) * 2 + (NUMBER,) * 2, run, source, target, *numbers)
 
 
+def cut() -> None:
+    """Tell what was begun by `bring` since the last time from what follows, so that it can be waited for alone."""
+    instruct("cp.async.commit_group;")
+
+
 def share(
     source: Any, start: Any, left: Any, target: Any, place: int, rows: int, barriers: Any, number: int, own: jax.Array
 ) -> None:
@@ -212,7 +227,7 @@ def share(
             total = arith.muli(size, constant(rows))
             perform("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [$0], $1;", "r,r", barrier, total)
         # A thread in each warp has a row, as those of one would copy one after the other.
-        warp, lane = (op(thread(), constant(utils.WARP_SIZE)) for op in (arith.divui, arith.remui))
+        warp, lane = warp_and_lane()
         one = arith.cmpi(arith.CmpIPredicate.eq, lane, constant(0))
         some = arith.cmpi(arith.CmpIPredicate.sgt, size, constant(0))
         for first in range(0, rows, 2 * WARPS):
@@ -246,8 +261,3 @@ def hand(target: Any, values: jax.Array, layout: Any, barrier: Any) -> None:
             )
 
     inline((plgpu.RefType(), layout, plgpu.RefType()), run, target, values, barrier)
-
-
-def cut() -> None:
-    """Tell what was begun by `bring` since the last time from what follows, so that it can be waited for alone."""
-    instruct("cp.async.commit_group;")

@@ -23,6 +23,12 @@ def thread() -> Any:
     return arith.remui(utils.thread_idx(), arith.constant(ir.IntegerType.get_signless(32), utils.WARPGROUP_SIZE))
 
 
+def warp_and_lane() -> tuple[Any, Any]:
+    """The number of a thread's warp in its warpgroup, and its own in the warp."""
+    size = arith.constant(ir.IntegerType.get_signless(32), utils.WARP_SIZE)
+    return arith.divui(thread(), size), arith.remui(thread(), size)
+
+
 def mma(a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[Any]:
     """A·B + C, (16, 8) float32, of bfloat16 (16, 16) and (16, 8)."""
     f32 = ir.F32Type.get()
@@ -218,10 +224,9 @@ def tell(barriers: Any, number: Any, real: Any = 1) -> None:
     """Arrive at a barrier: a thread of each warp, for what all of it has done; none if it is not `real`, 0."""
 
     def run(_: Any, barriers: Any, number: Any, real: Any) -> None:
-        i32 = ir.IntegerType.get_signless(32)
         barrier = shared(barrier_of(barriers, number.registers.item()).get_ptr())
         perform("bar.warp.sync 0xffffffff;")
-        lane = arith.remui(thread(), arith.constant(i32, utils.WARP_SIZE))
+        _, lane = warp_and_lane()
         with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, real.registers.item())):
             perform("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [$0]; }", "r", barrier)
 
